@@ -7,12 +7,18 @@ table and nothing else. Every column below has one documented meaning and one ty
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
 import pandas as pd
 
+from dora_dynamics.correlation import pearson, slope, spearman
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping
+
+    from dora_dynamics.decomposition import WeightChange
+    from dora_dynamics.sites import Site
 
 SCHEMA_VERSION: Final = 1
 
@@ -33,7 +39,9 @@ COLUMNS: Final[tuple[Column, ...]] = (
     Column("method", "text", "FT, LoRA, DoRA or the user's own name for the method"),
     Column("step", "integer", "optimizer steps done when the row was taken; 0 is before the first"),
     Column("site", "text", "path of the module whose weight is followed"),
-    Column("layer", "integer", "layer number within the stack, from 0; missing where there is none"),
+    Column(
+        "layer", "integer", "layer number within the stack, from 0; missing where there is none"
+    ),
     Column("stack", "text", "encoder, decoder, vision, …; empty where the model has one stack"),
     Column("role", "text", "query, key, value, output, …; the module's own name where unknown"),
     Column("head", "integer", "attention head, where rows are taken per head; missing otherwise"),
@@ -50,10 +58,119 @@ COLUMNS: Final[tuple[Column, ...]] = (
     Column("signed_unit_coupling", "number", "Pearson r of m' − m_0 and 1 − cos across the units"),
     Column("signed_unit_rank_coupling", "number", "Spearman ρ of the same pairs"),
     Column("signed_unit_slope", "number", "least-squares slope of m' − m_0 on 1 − cos"),
-    Column("radial_share", "number", "share of ‖W' − W_0‖² along the units' own directions, 0 to 1"),
+    Column(
+        "radial_share", "number", "share of ‖W' − W_0‖² along the units' own directions, 0 to 1"
+    ),
     Column("total_decay", "number", "Λ = Σ lr·weight_decay so far on what sets the magnitude"),
     Column("zero_units", "integer", "units of zero norm: in ΔM, left out of ΔD"),
     Column("non_finite", "integer", "units holding NaN or Inf; if any, the measures are NaN"),
 )
 
 COLUMN_NAMES: Final[tuple[str, ...]] = tuple(column.name for column in COLUMNS)
+
+
+class TrajectoryError(ValueError):
+    """A table is not a trajectory: a column is missing or holds what it cannot hold."""
+
+
+def trajectory_row(
+    site: Site,
+    change: WeightChange,
+    *,
+    run: str,
+    method: str,
+    step: int,
+    total_decay: float = float("nan"),
+    head: int | None = None,
+) -> dict[str, object]:
+    """One row of the trajectory from the measured change of one site.
+
+    Args:
+        site: the weight that was measured.
+        change: its change since the baseline.
+        run: name of the run.
+        method: name of the fine-tuning method.
+        step: optimizer steps done.
+        total_decay: Λ so far, NaN where it is not known.
+        head: attention head, where the change is that of one head.
+
+    Returns:
+        A value for each of `COLUMN_NAMES`.
+    """
+    turned = change.units.one_minus_cosine
+    directed = change.units.has_direction
+    turned = turned[directed]
+    signed = change.units.magnitude_difference[directed]
+    absolute = np.abs(signed)
+    return {
+        "run": run,
+        "method": method,
+        "step": step,
+        "site": site.name,
+        "layer": site.layer,
+        "stack": site.stack,
+        "role": site.role,
+        "head": head,
+        "units": len(change.units),
+        "delta_magnitude": change.delta_magnitude,
+        "delta_direction": change.delta_direction,
+        "signed_delta_magnitude": change.signed_delta_magnitude,
+        "relative_delta_magnitude": change.relative_delta_magnitude,
+        "magnitude_before": change.magnitude_before,
+        "update_norm": change.update_norm,
+        "unit_coupling": pearson(turned, absolute),
+        "unit_rank_coupling": spearman(turned, absolute),
+        "unit_slope": slope(turned, absolute),
+        "signed_unit_coupling": pearson(turned, signed),
+        "signed_unit_rank_coupling": spearman(turned, signed),
+        "signed_unit_slope": slope(turned, signed),
+        "radial_share": change.radial_share,
+        "total_decay": total_decay,
+        "zero_units": change.zero_units,
+        "non_finite": change.non_finite,
+    }
+
+
+def to_table(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
+    """A trajectory from its rows, with every column in its place and of its type."""
+    return validate(pd.DataFrame(list(rows), columns=list(COLUMN_NAMES)))
+
+
+def validate(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy of `table` with the columns of a trajectory in their order and types.
+
+    Columns beyond those of a trajectory are kept, behind them.
+
+    Raises:
+        TrajectoryError: a column is missing, or holds a value of the wrong kind.
+    """
+    missing = [name for name in COLUMN_NAMES if name not in table.columns]
+    if missing:
+        raise TrajectoryError(f"the table lacks the column(s) {', '.join(missing)}.")
+    typed = table.copy()
+    for column in COLUMNS:
+        try:
+            typed[column.name] = _typed(table[column.name], column)
+        except (TypeError, ValueError) as error:
+            raise TrajectoryError(
+                f"column {column.name!r} must hold {_KIND_IN_WORDS[column.kind]}: {error}."
+            ) from error
+    extra = [name for name in table.columns if name not in COLUMN_NAMES]
+    return typed[[*COLUMN_NAMES, *extra]]
+
+
+_OPTIONAL_INTEGERS: Final = frozenset({"layer", "head"})
+_KIND_IN_WORDS: Final[dict[Kind, str]] = {
+    "text": "text",
+    "integer": "whole numbers",
+    "number": "numbers",
+}
+
+
+def _typed(values: pd.Series[Any], column: Column) -> pd.Series[Any]:
+    if column.kind == "text":
+        return values.fillna("").astype(str)
+    numbers = pd.to_numeric(values)
+    if column.kind == "number":
+        return numbers.astype("float64")
+    return numbers.astype("Int64" if column.name in _OPTIONAL_INTEGERS else "int64")

@@ -1,0 +1,62 @@
+"""How fine-tuning changes weights: the magnitude and direction analysis of the DoRA paper.
+
+The public names are loaded when they are first used, so that importing the package (and asking
+the command line for help) costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dora_dynamics import plotting as plotting
+    from dora_dynamics.adapters import apply_dora as apply_dora
+    from dora_dynamics.adapters import apply_lora as apply_lora
+    from dora_dynamics.adapters import merge as merge
+    from dora_dynamics.decomposition import UnitChange as UnitChange
+    from dora_dynamics.decomposition import WeightChange as WeightChange
+    from dora_dynamics.decomposition import direction as direction
+    from dora_dynamics.decomposition import low_rank_change as low_rank_change
+    from dora_dynamics.decomposition import magnitude as magnitude
+    from dora_dynamics.decomposition import weight_change as weight_change
+    from dora_dynamics.recorder import Recorder as Recorder
+    from dora_dynamics.run_directory import load_runs as load_runs
+    from dora_dynamics.snapshots import load_units as load_units
+    from dora_dynamics.snapshots import remeasure as remeasure
+    from dora_dynamics.statistics import coupling as coupling
+    from dora_dynamics.statistics import select_checkpoints as select_checkpoints
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Recorder": "recorder",
+    "UnitChange": "decomposition",
+    "WeightChange": "decomposition",
+    "apply_dora": "adapters",
+    "apply_lora": "adapters",
+    "coupling": "statistics",
+    "direction": "decomposition",
+    "load_runs": "run_directory",
+    "load_units": "snapshots",
+    "low_rank_change": "decomposition",
+    "magnitude": "decomposition",
+    "merge": "adapters",
+    "remeasure": "snapshots",
+    "select_checkpoints": "statistics",
+    "weight_change": "decomposition",
+}
+
+__all__ = [*_HOME, "__version__", "plotting"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "plotting":
+        return import_module("dora_dynamics.plotting")
+    if name not in _HOME:
+        raise AttributeError(f"module 'dora_dynamics' has no attribute {name!r}")
+    return getattr(import_module(f"dora_dynamics.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,222 @@
+"""LoRA and DoRA in plain PyTorch: the reference to read and to teach from.
+
+Both are parametrizations (`torch.nn.utils.parametrize`): the module keeps its class and its
+forward, and its `.weight` *is* the effective weight W'. The pre-trained weight stays inside,
+frozen. `merge` writes W' into the module and removes every trace of the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from dora_dynamics.sites import Site, find_sites
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class LoRA(nn.Module):
+    """W' = W_0 + s·B A (Eq. 1), with s = alpha / rank.
+
+    `A` has shape (rank, in) and starts Kaiming-uniform; `B` has shape (out, rank) and starts at
+    zero, so that training starts from the pre-trained weight.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        rank: int,
+        alpha: float,
+        stored_transposed: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        out_features, in_features = weight.T.shape if stored_transposed else weight.shape
+        self.rank = rank
+        self.scaling = alpha / rank
+        self.stored_transposed = stored_transposed
+        self.lora_A = nn.Parameter(weight.new_empty(rank, in_features))
+        self.lora_B = nn.Parameter(weight.new_zeros(out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, stored as `weight` is."""
+        update = self.scaling * (self.lora_B @ self.lora_A)
+        return weight + (update.T if self.stored_transposed else update)
+
+
+class DoRA(LoRA):
+    """W' = m · (W_0 + s·B A) / ‖W_0 + s·B A‖_c (Eq. 5).
+
+    `magnitude` is m, shape (out,), and starts at ‖W_0‖_c. With `detach_norm` the norm below the
+    fraction is a constant to the gradient (Sec. 4.3, Eq. 11), which saves memory; without it the
+    gradient is the exact one (Eq. 6), projected off each unit's own direction.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        rank: int,
+        alpha: float,
+        stored_transposed: bool = False,
+        detach_norm: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            weight,
+            rank=rank,
+            alpha=alpha,
+            stored_transposed=stored_transposed,
+            generator=generator,
+        )
+        self.detach_norm = detach_norm
+        self.magnitude = nn.Parameter(self._norm(weight.detach()).flatten())
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        """Norm of each unit, shaped to broadcast over the weight as it is stored."""
+        dim = 0 if self.stored_transposed else 1
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=dim, keepdim=True)
+        return norm
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, stored as `weight` is."""
+        turned = super().forward(weight)
+        norm = self._norm(turned.detach() if self.detach_norm else turned)
+        return (self.magnitude.view_as(norm) / norm) * turned
+
+
+def apply_lora(
+    model: nn.Module,
+    targets: Sequence[str | re.Pattern[str]],
+    *,
+    rank: int = 16,
+    alpha: float = 16.0,
+    generator: torch.Generator | None = None,
+) -> list[Site]:
+    """Put LoRA (Eq. 1) on the selected linear layers of `model`, in place.
+
+    Every other parameter of the model is frozen; set `requires_grad` again on what should also
+    train (a classification head, say).
+
+    Args:
+        model: the pre-trained model.
+        targets: roles, module names, globs or patterns, as in `sites.find_sites`.
+        rank: columns of B and rows of A.
+        alpha: the update is scaled by alpha / rank.
+        generator: source of randomness for A, on the weights' device; the global one if None.
+
+    Returns:
+        The sites that carry an adapter now.
+
+    Raises:
+        ValueError: a target matches nothing, the rank is not positive, or a selected layer
+            already carries an adapter.
+    """
+    return _apply(LoRA, model, targets, rank, alpha=alpha, generator=generator)
+
+
+def apply_dora(
+    model: nn.Module,
+    targets: Sequence[str | re.Pattern[str]],
+    *,
+    rank: int = 16,
+    alpha: float = 16.0,
+    detach_norm: bool = True,
+    generator: torch.Generator | None = None,
+) -> list[Site]:
+    """Put DoRA (Eq. 5) on the selected linear layers of `model`, in place.
+
+    Args:
+        model: the pre-trained model.
+        targets: roles, module names, globs or patterns, as in `sites.find_sites`.
+        rank: columns of B and rows of A.
+        alpha: the low-rank update is scaled by alpha / rank.
+        detach_norm: treat the norm as a constant in the backward pass (Eq. 11), as PEFT does and
+            the paper recommends; False gives the exact gradient (Eq. 6).
+        generator: source of randomness for A, on the weights' device; the global one if None.
+
+    Returns:
+        The sites that carry an adapter now. All other parameters are frozen, as in `apply_lora`.
+
+    Raises:
+        ValueError: as in `apply_lora`.
+    """
+    return _apply(
+        DoRA, model, targets, rank, alpha=alpha, generator=generator, detach_norm=detach_norm
+    )
+
+
+def _apply(
+    adapter: type[LoRA],
+    model: nn.Module,
+    targets: Sequence[str | re.Pattern[str]],
+    rank: int,
+    **options: object,
+) -> list[Site]:
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}.")
+    sites = find_sites(model, targets)
+    for site in sites:
+        if parametrize.is_parametrized(model.get_submodule(site.name), "weight"):
+            raise ValueError(f"{site.name} already has a parametrized weight; merge it first.")
+    model.requires_grad_(False)
+    for site in sites:
+        module = model.get_submodule(site.name)
+        weight = cast("Tensor", module.weight)
+        parametrization = adapter(
+            weight,
+            rank=rank,
+            stored_transposed=site.stored_transposed,
+            **options,  # type: ignore[arg-type]
+        )
+        parametrize.register_parametrization(module, "weight", parametrization)
+    return sites
+
+
+def adapter_of(module: nn.Module) -> LoRA | None:
+    """The LoRA or DoRA that alone parametrizes the module's weight, or None."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    stack = cast("nn.ModuleDict", module.parametrizations)["weight"]
+    only = cast("nn.ModuleList", stack)
+    return only[0] if len(only) == 1 and isinstance(only[0], LoRA) else None
+
+
+def pretrained_weight(module: nn.Module) -> nn.Parameter:
+    """The frozen W_0 below the module's parametrization, stored as the module stores it."""
+    stack = cast("nn.ModuleDict", module.parametrizations)["weight"]
+    return cast("nn.Parameter", stack.original)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Write every LoRA's and DoRA's effective weight into its module and remove the adapter.
+
+    The modules are plain again: same outputs to within rounding, nothing of the adapter left in
+    the forward path, in the parameters or in the state dict. The merged weights stay frozen.
+
+    Returns:
+        `model` itself, changed in place.
+
+    Raises:
+        ValueError: the model carries no adapter of this package.
+    """
+    adapted = [module for module in model.modules() if adapter_of(module) is not None]
+    if not adapted:
+        raise ValueError("the model carries no LoRA or DoRA of dora_dynamics to merge.")
+    for module in adapted:
+        with torch.no_grad():
+            merged = cast("Tensor", module.weight).clone()
+        original = pretrained_weight(module)
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        module.weight = nn.Parameter(merged, requires_grad=original.requires_grad)
+    return model

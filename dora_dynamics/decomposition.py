@@ -1,0 +1,350 @@
+"""Magnitude and direction of a weight, and how a change splits into the two (Eq. 2 to 4).
+
+This module knows tensors only. A weight of shape (out, in), as `torch.nn.Linear` stores it, has
+one magnitude per output unit: `axis="output"`, the axis of the DoRA paper and of its authors' code.
+`axis="input"` takes columns instead, one magnitude per input feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+import numpy as np
+import torch
+
+from dora_dynamics import _kernels
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Axis = Literal["output", "input"]
+AXES: Final[tuple[Axis, ...]] = get_args(Axis)
+
+
+@dataclass(frozen=True)
+class UnitChange:
+    """The change of each unit of one weight; every array is float64 of shape (units,).
+
+    Attributes:
+        magnitude_before: m_0, the norm of the unit before.
+        magnitude_after: m', its norm after.
+        magnitude_difference: m' − m_0, accurate also where the two agree to many digits.
+        one_minus_cosine: 1 − cos(w', w_0), from 0 to 2; NaN where either norm is zero.
+        update_square: squared norm of w' − w_0.
+        radial_update: length of w' − w_0 along w_0, negative where the unit shrank along it.
+    """
+
+    magnitude_before: NDArray[np.float64]
+    magnitude_after: NDArray[np.float64]
+    magnitude_difference: NDArray[np.float64]
+    one_minus_cosine: NDArray[np.float64]
+    update_square: NDArray[np.float64]
+    radial_update: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.magnitude_before)
+
+    @property
+    def has_direction(self) -> NDArray[np.bool_]:
+        """Which units have a norm above zero both before and after."""
+        directed: NDArray[np.bool_] = (self.magnitude_before != 0) & (self.magnitude_after != 0)
+        return directed
+
+    @property
+    def is_finite(self) -> NDArray[np.bool_]:
+        """Which units hold neither NaN nor Inf, before and after."""
+        return np.isfinite(self.magnitude_before) & np.isfinite(self.magnitude_after)
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """How one weight changed, reduced over its units, with the per-unit arrays in `units`.
+
+    A unit that holds NaN or Inf makes every reduced measure NaN and is counted in `non_finite`:
+    such weights are reported, never averaged away. A unit of zero norm has a magnitude but no
+    direction: it enters ΔM, is left out of ΔD and of the relative measure, and is counted in
+    `zero_units`.
+
+    Attributes:
+        axis: "output" (one unit per output feature) or "input".
+        units: the per-unit arrays.
+        delta_magnitude: ΔM of Eq. 3, the mean over units of |m' − m_0|, in the weight's own units.
+        delta_direction: ΔD of Eq. 4, the mean over units of 1 − cos(w', w_0); from 0 to 2.
+        signed_delta_magnitude: mean over units of m' − m_0; negative where units shrink.
+        relative_delta_magnitude: mean over units of |m' − m_0| / m_0.
+        magnitude_before: mean over units of m_0.
+        update_norm: Frobenius norm of W' − W_0.
+        radial_share: share of the squared update along the units' own directions, from 0 to 1;
+            NaN where nothing changed.
+        zero_units: number of units of zero norm, before or after.
+        non_finite: number of units with NaN or Inf, before or after.
+    """
+
+    axis: Axis
+    units: UnitChange
+    delta_magnitude: float
+    delta_direction: float
+    signed_delta_magnitude: float
+    relative_delta_magnitude: float
+    magnitude_before: float
+    update_norm: float
+    radial_share: float
+    zero_units: int
+    non_finite: int
+
+
+def magnitude(weight: Tensor, axis: Axis = "output") -> NDArray[np.float64]:
+    """The magnitude m = ‖W‖_c of each unit (Eq. 2), in float64.
+
+    Args:
+        weight: shape (out, in); fp64, fp32, bf16 or fp16.
+        axis: "output" for one magnitude per row, "input" for one per column.
+
+    Returns:
+        Shape (out,) or (in,).
+
+    Raises:
+        TypeError: `weight` is not a floating-point tensor.
+        ValueError: `weight` is not a non-empty matrix, or the axis is unknown.
+    """
+    rows = _units_first(weight, axis, "weight")
+    norms: NDArray[np.float64] = torch.linalg.vector_norm(
+        rows.detach().to(torch.float64), dim=1
+    ).numpy(force=True)
+    return norms
+
+
+def direction(weight: Tensor, axis: Axis = "output") -> Tensor:
+    """The direction V/‖V‖_c of each unit (Eq. 2): unit vectors, in float64.
+
+    Args:
+        weight: shape (out, in); fp64, fp32, bf16 or fp16.
+        axis: "output" to normalise each row, "input" to normalise each column.
+
+    Returns:
+        The shape of `weight`. A unit of zero norm has no direction: NaN.
+
+    Raises:
+        TypeError: `weight` is not a floating-point tensor.
+        ValueError: `weight` is not a non-empty matrix, or the axis is unknown.
+    """
+    rows = _units_first(weight, axis, "weight").detach().to(torch.float64)
+    unit_vectors: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return unit_vectors if axis == "output" else unit_vectors.T
+
+
+def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> WeightChange:
+    """Split the change from `before` to `after` into magnitude and direction (Eq. 2 to 4).
+
+    The differences of the stored values are accumulated, so that changes far below the rounding
+    of the weights' norms are measured exactly; `1 − cosine_similarity` is noise there.
+
+    Args:
+        before: W_0, shape (out, in); fp64, fp32, bf16 or fp16, on any device.
+        after: W', same shape, dtype and device.
+        axis: "output" for one unit per row (the paper's choice), "input" for one per column.
+
+    Returns:
+        The reduced measures and, in `units`, the per-unit arrays.
+
+    Raises:
+        TypeError: a weight is not a floating-point tensor, or the dtypes differ.
+        ValueError: the shapes or devices differ, a weight is not a non-empty matrix, or the axis
+            is unknown.
+    """
+    rows_before = _units_first(before, axis, "before")
+    rows_after = _units_first(after, axis, "after")
+    if before.shape != after.shape:
+        raise ValueError(
+            f"before has shape {tuple(before.shape)} but after has shape {tuple(after.shape)}: "
+            "compare a weight with a later state of the same weight."
+        )
+    if before.dtype != after.dtype:
+        raise TypeError(
+            f"before is {before.dtype} but after is {after.dtype}: the rounding between them "
+            "would be counted as change; bring both to the dtype they were stored in."
+        )
+    if before.device != after.device:
+        raise ValueError(
+            f"before is on {before.device} but after is on {after.device}: move one of them."
+        )
+    with torch.no_grad():
+        return reduce_units(unit_change(_kernels.dense_sums(rows_before, rows_after)), axis)
+
+
+def low_rank_change(
+    before: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    axis: Axis = "output",
+) -> WeightChange:
+    """The change made by a LoRA or DoRA adapter, from its factors alone (Eq. 1 and 5).
+
+    Equal to `weight_change(W_0, W')` in exact arithmetic, but W' is built only for DoRA with
+    `axis="input"`, where the two normalisations do not commute.
+
+    Args:
+        before: W_0, shape (out, in).
+        A: shape (rank, in).
+        B: shape (out, rank).
+        scaling: the factor on B A: alpha / rank, or alpha / √rank with rsLoRA.
+        magnitude: DoRA's m, shape (out,); None for LoRA. A negative entry turns its unit around.
+        axis: "output" or "input", as in `weight_change`.
+
+    Returns:
+        As `weight_change`.
+
+    Raises:
+        TypeError: `before` is not a floating-point tensor.
+        ValueError: shapes do not fit together, or the axis is unknown.
+    """
+    _units_first(before, axis, "before")
+    out_features, in_features = before.shape
+    if (
+        A.ndim != 2
+        or B.ndim != 2
+        or A.shape[1] != in_features
+        or B.shape
+        != (
+            out_features,
+            A.shape[0],
+        )
+    ):
+        raise ValueError(
+            f"a weight of shape {tuple(before.shape)} needs A of shape (rank, {in_features}) and B "
+            f"of shape ({out_features}, rank), not {tuple(A.shape)} and {tuple(B.shape)}."
+        )
+    if magnitude is not None and magnitude.shape != (out_features,):
+        raise ValueError(
+            f"magnitude must have shape ({out_features},), not {tuple(magnitude.shape)}."
+        )
+    with torch.no_grad():
+        if magnitude is None:
+            if axis == "input":
+                before, A, B = before.T, B.T, A.T
+            change = unit_change(_kernels.low_rank_sums(before, A, B, scaling))
+        elif axis == "output":
+            change = _rescale(
+                _kernels.low_rank_sums(before, A, B, scaling), magnitude.to(torch.float64)
+            )
+        else:
+            base = before.to(torch.float64)
+            turned = base + scaling * (B.to(torch.float64) @ A.to(torch.float64))
+            norms = torch.linalg.vector_norm(turned, dim=1, keepdim=True)
+            after = turned * (magnitude.to(torch.float64).unsqueeze(1) / norms)
+            change = unit_change(_kernels.dense_sums(base.T, after.T))
+        return reduce_units(change, axis)
+
+
+def unit_change(sums: _kernels.UnitSums) -> UnitChange:
+    """Per-unit magnitudes and directions from the four sums of a change.
+
+    With k = 1 + e/a: m = √(k²a + P), m − m_0 = (2e + e²/a + P)/(m + m_0) and
+    1 − cos = P/(m (m + k m_0)); none of them cancels where the change is small.
+    """
+    a, e, c, P = (
+        t.numpy(force=True)
+        for t in (sums.before_square, sums.dot, sums.update_square, sums.tangential_square)
+    )
+    with np.errstate(all="ignore"):
+        m_0 = np.sqrt(a)
+        along = np.where(a == 0, 0.0, e / a)
+        k = np.where(a == 0, 0.0, 1.0 + along)
+        m = np.sqrt(k * k * a + P)
+        difference = np.where(m + m_0 == 0, 0.0, (2 * e + along * e + P) / (m + m_0))
+        return UnitChange(
+            magnitude_before=m_0,
+            magnitude_after=m,
+            magnitude_difference=difference,
+            one_minus_cosine=_one_minus_cosine(k, m_0, m, P),
+            update_square=c,
+            radial_update=along * m_0,
+        )
+
+
+def _rescale(sums: _kernels.UnitSums, magnitude: Tensor) -> UnitChange:
+    """DoRA (Eq. 5): the direction of the low-rank update, the magnitude |m|, the sign of m."""
+    turned = unit_change(sums)
+    m = magnitude.numpy(force=True)
+    with np.errstate(all="ignore"):
+        scale = m / turned.magnitude_after
+        cosine_part = turned.one_minus_cosine
+        one_minus_cosine = np.where(m < 0, 2.0 - cosine_part, cosine_part)
+        one_minus_cosine = np.where(m == 0, np.nan, one_minus_cosine)
+        radial = (scale - 1.0) * turned.magnitude_before + scale * turned.radial_update
+        tangential_square = scale**2 * sums.tangential_square.numpy(force=True)
+    return UnitChange(
+        magnitude_before=turned.magnitude_before,
+        magnitude_after=np.abs(m),
+        magnitude_difference=np.abs(m) - turned.magnitude_before,
+        one_minus_cosine=one_minus_cosine,
+        update_square=radial**2 + tangential_square,
+        radial_update=radial,
+    )
+
+
+def _one_minus_cosine(
+    k: NDArray[np.float64],
+    m_0: NDArray[np.float64],
+    m: NDArray[np.float64],
+    P: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    forward = P / (m * (m + k * m_0))
+    turned_around = 1.0 - k * m_0 / m
+    value = np.where(k > 0, forward, turned_around)
+    return np.where((m_0 == 0) | (m == 0), np.nan, np.clip(value, 0.0, 2.0))
+
+
+def reduce_units(units: UnitChange, axis: Axis) -> WeightChange:
+    """Reduce per-unit changes to the measures of Eq. 3 and 4 and those beside them."""
+    non_finite = int((~units.is_finite).sum())
+    directed = units.has_direction
+    with np.errstate(all="ignore"):
+        magnitudes, difference = units.magnitude_before, units.magnitude_difference
+        relative = np.abs(difference[magnitudes != 0]) / magnitudes[magnitudes != 0]
+        total_square = float(units.update_square.sum())
+        radial_square = float((units.radial_update**2).sum())
+    nan = float("nan")
+    if non_finite:
+        return WeightChange(
+            axis, units, nan, nan, nan, nan, nan, nan, nan, int((~directed).sum()), non_finite
+        )
+    return WeightChange(
+        axis=axis,
+        units=units,
+        delta_magnitude=float(np.abs(difference).mean()),
+        delta_direction=_mean(units.one_minus_cosine[directed]),
+        signed_delta_magnitude=float(difference.mean()),
+        relative_delta_magnitude=_mean(relative),
+        magnitude_before=float(magnitudes.mean()),
+        update_norm=float(np.sqrt(total_square)),
+        radial_share=radial_square / total_square if total_square > 0 else nan,
+        zero_units=int((~directed).sum()),
+        non_finite=0,
+    )
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _units_first(weight: object, axis: Axis, name: str) -> Tensor:
+    """A view of `weight` with one unit per row; raises on what has no units."""
+    if axis not in AXES:
+        raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
+    if not isinstance(weight, torch.Tensor) or not weight.dtype.is_floating_point:
+        kind = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, not {kind}; dequantise it first.")
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{name} must be a matrix of shape (out, in), not of shape {tuple(weight.shape)}; "
+            "flatten a convolution's filters first."
+        )
+    if weight.numel() == 0:
+        raise ValueError(f"{name} is empty: its shape is {tuple(weight.shape)}.")
+    return weight if axis == "output" else weight.T

@@ -1,0 +1,200 @@
+"""Weights and per-unit arrays of a run, kept as safetensors so that they can be measured again.
+
+`weights/baseline.safetensors` holds W_0 of every site, `weights/step-N.safetensors` what there is
+to know at step N: the full effective weight, or LoRA's and DoRA's factors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+
+from dora_dynamics.decomposition import AXES, Axis, UnitChange
+from dora_dynamics.effective import Dense, EffectiveWeight, LowRank
+from dora_dynamics.measurement import measure
+from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
+from dora_dynamics.sites import Site
+from dora_dynamics.trajectory import to_table, trajectory_row
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from dora_dynamics.run_directory import StrPath
+
+BASELINE_FILE: Final = "baseline.safetensors"
+_UNIT_ARRAYS: Final = tuple(f.name for f in fields(UnitChange))
+
+
+def save_baseline(directory: Path, baselines: Mapping[Site, Tensor]) -> None:
+    """Write W_0 of every site, with what is needed to describe the sites again."""
+    _save(
+        directory / "weights" / BASELINE_FILE,
+        {site.name: weight for site, weight in baselines.items()},
+        {"sites": json.dumps([asdict(site) for site in baselines])},
+    )
+
+
+def save_weights(directory: Path, step: int, weights: Mapping[Site, EffectiveWeight]) -> None:
+    """Write the effective weights of one step: whole, or by their low-rank factors."""
+    tensors: dict[str, Tensor] = {}
+    scalings: dict[str, float] = {}
+    for site, effective in weights.items():
+        if isinstance(effective, Dense):
+            tensors[f"{site.name}.weight"] = effective.weight
+            continue
+        tensors[f"{site.name}.lora_A"] = effective.A
+        tensors[f"{site.name}.lora_B"] = effective.B
+        if effective.magnitude is not None:
+            tensors[f"{site.name}.magnitude"] = effective.magnitude
+        scalings[site.name] = effective.scaling
+    _save(_step_file(directory, "weights", step), tensors, {"scaling": json.dumps(scalings)})
+
+
+def save_units(directory: Path, step: int, units: Mapping[Site, UnitChange]) -> None:
+    """Write the per-unit arrays of one step, float64, as `<site>.<array>`."""
+    arrays = {
+        f"{site.name}.{name}": np.ascontiguousarray(getattr(change, name))
+        for site, change in units.items()
+        for name in _UNIT_ARRAYS
+    }
+    path = _step_file(directory, "units", step)
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    safetensors.numpy.save_file(arrays, partial)
+    partial.replace(path)
+
+
+def load_units(path: StrPath, step: int) -> dict[str, UnitChange]:
+    """The per-unit arrays a run kept at one step, by site.
+
+    Raises:
+        RunDirectoryError: the run kept none at that step.
+    """
+    arrays = safetensors.numpy.load_file(_existing(_step_file(Path(path), "units", step)))
+    sites = dict.fromkeys(key.rpartition(".")[0] for key in arrays)
+    return {
+        site: UnitChange(**{name: _float64(arrays[f"{site}.{name}"]) for name in _UNIT_ARRAYS})
+        for site in sites
+    }
+
+
+def load_weights(path: StrPath, step: int) -> dict[str, EffectiveWeight]:
+    """The effective weights a run kept at one step, by site.
+
+    Raises:
+        RunDirectoryError: the run kept none at that step.
+    """
+    tensors, metadata = _load(_step_file(Path(path), "weights", step))
+    scalings = json.loads(metadata["scaling"])
+    weights: dict[str, EffectiveWeight] = {
+        site: LowRank(
+            tensors[f"{site}.lora_A"],
+            tensors[f"{site}.lora_B"],
+            scaling,
+            tensors.get(f"{site}.magnitude"),
+        )
+        for site, scaling in scalings.items()
+    }
+    for key, tensor in tensors.items():
+        site, _, kind = key.rpartition(".")
+        if kind == "weight":
+            weights[site] = Dense(tensor)
+    return weights
+
+
+def load_baseline(path: StrPath) -> dict[Site, Tensor]:
+    """W_0 of every site of a run that kept its weights.
+
+    Raises:
+        RunDirectoryError: the run kept none.
+    """
+    tensors, metadata = _load(Path(path) / "weights" / BASELINE_FILE)
+    sites = [Site(**description) for description in json.loads(metadata["sites"])]
+    return {site: tensors[site.name] for site in sites}
+
+
+def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
+    """Compute a run's trajectory again from the weights it kept.
+
+    Args:
+        path: directory of a run recorded with `keep="weights"`.
+        axis: the axis to measure along; by default the recorded one, which gives the recorded
+            trajectory again.
+
+    Returns:
+        The trajectory. `total_decay`, which no weight tells, is the recorded one.
+
+    Raises:
+        RunDirectoryError: the run kept no weights.
+        ValueError: the axis is unknown.
+    """
+    info = read_info(path)
+    axis = info.axis if axis is None else axis
+    if axis not in AXES:
+        raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
+    baselines = load_baseline(path)
+    recorded = read_run(path)
+    decay = dict(
+        zip(
+            zip(recorded["step"], recorded["site"], strict=True),
+            recorded["total_decay"],
+            strict=True,
+        )
+    )
+    rows = []
+    for step in sorted(recorded["step"].unique()):
+        weights = load_weights(path, int(step))
+        for site, baseline in baselines.items():
+            change = measure(site, baseline, weights[site.name], axis)
+            rows.append(
+                trajectory_row(
+                    site,
+                    change,
+                    run=info.run,
+                    method=info.method,
+                    step=int(step),
+                    total_decay=decay[step, site.name],
+                )
+            )
+    return to_table(rows)
+
+
+def _step_file(directory: Path, kind: str, step: int) -> Path:
+    return directory / kind / f"step-{step}.safetensors"
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(
+        {name: tensor.contiguous() for name, tensor in owned.items()}, partial, metadata
+    )
+    partial.replace(path)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safetensors.safe_open(_existing(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        kind = path.parent.name
+        raise RunDirectoryError(f"{path} does not exist: record the run with keep={kind!r}.")
+    return path
+
+
+def _float64(array: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(array, dtype=np.float64)
