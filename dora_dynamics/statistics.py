@@ -1,0 +1,350 @@
+"""Coupling: how ΔM goes with ΔD over the rows of a trajectory, with its uncertainty.
+
+The paper correlates all points of a method at once. That mixes three things: layers that differ at
+one time, layers that move over time, and units inside a matrix. `coupling` separates them by its
+`level`, and gives each estimate an interval and a p-value that treat a layer, not a row, as the
+thing observed: rows of one layer are near copies of each other, and counting them as independent
+would make any result look certain.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import linear_sum_assignment
+
+from dora_dynamics._resampling import (
+    ESTIMATES,
+    MINIMUM_LAYERS,
+    Panel,
+    PanelLevel,
+    Points,
+    UnitRows,
+    bootstrap,
+    jackknife,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from dora_dynamics._resampling import IntArray
+    from dora_dynamics.correlation import BoolArray, FloatArray
+
+Level: TypeAlias = Literal["pooled", "within_step", "within_layer", "units"]
+Interval: TypeAlias = Literal["jackknife", "bootstrap"]
+CheckpointKind: TypeAlias = Literal["late", "even", "early"]
+
+_UNIT_COLUMNS: Final = ("unit_coupling", "unit_rank_coupling", "unit_slope")
+_SPANS: Final[dict[CheckpointKind, tuple[float, float]]] = {
+    "late": (0.5, 1.0),
+    "even": (0.0, 1.0),
+    "early": (0.0, 0.5),
+}
+
+__all__ = ["CheckpointKind", "Interval", "Level", "coupling", "select_checkpoints"]
+
+
+def coupling(
+    trajectory: pd.DataFrame,
+    by: str | Sequence[str] = ("method", "role"),
+    level: Level = "within_step",
+    *,
+    signed: bool = False,
+    confidence: float = 0.95,
+    interval: Interval = "jackknife",
+    resamples: int = 2000,
+    permutations: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Correlation and slope of ΔM on ΔD, for every group of a trajectory.
+
+    Levels, by what is correlated with what:
+
+    - `pooled`: all points of the group at once, as in the paper's figures.
+    - `within_step`: across sites (and heads), inside each (run, step).
+    - `within_layer`: across steps, inside each (run, site, head).
+    - `units`: across the units inside one matrix, already computed when the row was taken.
+
+    Inside the first three, cells are combined as the mean of their correlations weighted by their
+    points, and as the common slope ΣSxy/ΣSxx; cells of fewer than 3 points, or in which a measure
+    does not vary, are left out. `units` takes the plain mean over rows. Rows at step 0, where
+    nothing has changed yet, and rows whose measures are not finite are left out too.
+
+    **Intervals.** A layer (stack and layer number; the site where a row has no layer) stays whole,
+    with all its steps, sites and heads, and so does a run. The default is the two-way jackknife-t:
+    leave out each layer, then each run, add the two variances, and take Student's t with
+    Satterthwaite's degrees of freedom, on Fisher's z scale for correlations (Efron and Tibshirani
+    1993, ch. 11; Satterthwaite 1946; the two-way sum errs on the safe side, as in Owen 2007, "The
+    pigeonhole bootstrap"). `bootstrap` is the percentile interval of that two-way bootstrap.
+    How often either holds the truth is measured by `python -m analyses.coverage`.
+
+    **p-value.** Two-sided, for Pearson's r, (1 + hits) / (1 + permutations). The ΔM paths of whole
+    layers are exchanged (`within_step`), or the steps (`within_layer`), or both (`pooled`), in all
+    runs alike; `units` flips the sign of whole layers. It cannot be much smaller than one over the
+    number of distinct exchanges: L! for L layers, S! for S steps, L!·S! for both, and 2^L / 2 for
+    sign flips (0.03 for 6 layers). Steps of a run are a path and not exchangeable draws, so that at
+    `within_layer` and `pooled` two measures that merely both grow get a small p-value.
+
+    Args:
+        trajectory: Tidy table with the columns of `dora_dynamics.trajectory`; needed are `by`,
+            run, step, site and the measures of the level. `layer`, `stack`, `role` and `head` are
+            used where present.
+        by: Column or columns that define the groups.
+        level: What is correlated; see above.
+        signed: Use `signed_delta_magnitude` (at `units`, the signed columns) in place of ΔM.
+        confidence: Nominal coverage of the intervals, in (0, 1).
+        interval: Method of the intervals; see above.
+        resamples: Resamples of `interval="bootstrap"`; the jackknife draws none.
+        permutations: Permutations of the p-value; 0 skips it.
+        seed: Seed of resamples and permutations; each group starts from it anew, so that a
+            group's numbers do not depend on the other groups.
+
+    Returns:
+        One row per group, in order of first appearance: the `by` columns; `level`; `signed`; `n`
+        rows used, in `cells` cells, `runs` runs and `layers` layers; `dropped` rows left out
+        (n + dropped are all rows of the group); `units` in all used rows (level `units` only);
+        `pearson`, `spearman`, `slope` (ΔM per unit of ΔD), each with `_low` and `_high`;
+        `p_value`; and `reason`, in words, for whatever is NaN (empty where nothing is).
+
+    Raises:
+        ValueError: If columns are missing, an option is not one of those above, or two rows of one
+            group describe the same point.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    _check_options(by, level, confidence, interval, resamples, permutations)
+    measures = _measures(level, signed)
+    extra = ["units"] if level == "units" else []
+    _require(trajectory, [*by, "run", "step", "site", *measures, *extra])
+
+    needed = measures[:1] if level == "units" else measures
+    records: list[dict[str, object]] = []
+    for key, group in trajectory.groupby(by, sort=False, dropna=False, observed=True):
+        rng = np.random.default_rng(seed)
+        used = group[_usable(group, needed)]
+        points: Points
+        if level == "units":
+            points = _unit_rows(used, measures)
+            counts = {"n": len(used), "cells": len(used)}
+        else:
+            points = _panel(used, measures, level).usable()
+            counts = {"n": int(points.present.sum()), "cells": points.cells}
+        counts |= {"runs": points.runs, "layers": points.layers}
+        counts["dropped"] = len(group) - counts["n"]
+        if level == "units":
+            counts["units"] = int(np.nansum(_numbers(used, "units")))
+
+        estimates, bounds = np.full(3, np.nan), np.full((2, 3), np.nan)
+        p_value, reason = float("nan"), ""
+        if counts["n"] == 0:
+            reason = _why_nothing(used, needed, level)
+        else:
+            everything = np.ones((1, points.layers)), np.ones((1, points.runs))
+            estimates = points.estimates(*everything)[0]
+            if interval == "jackknife":
+                bounds = jackknife(points, confidence)
+            else:
+                bounds = bootstrap(points, confidence, resamples, rng)
+            p_value = points.p_value(permutations, rng)
+            reason = _why_partly(points, level, estimates, bounds, p_value, permutations)
+        records.append(
+            dict(zip(by, key, strict=True))
+            | {"level": level, "signed": signed}
+            | counts
+            | {
+                name: float(value)
+                for estimate, values in zip(
+                    ESTIMATES, np.vstack([estimates, bounds]).T, strict=True
+                )
+                for name, value in zip(_with_bounds(estimate), values, strict=True)
+            }
+            | {"p_value": p_value, "reason": reason}
+        )
+    counted = ["n", "cells", "runs", "layers", "dropped", *extra]
+    numbers = [name for estimate in ESTIMATES for name in _with_bounds(estimate)]
+    columns = [*by, "level", "signed", *counted, *numbers, "p_value", "reason"]
+    return pd.DataFrame(records, columns=columns)
+
+
+def select_checkpoints(
+    trajectory: pd.DataFrame, count: int = 4, kind: CheckpointKind = "late"
+) -> pd.DataFrame:
+    """Rows of a few checkpoints of every run, as the paper takes four late ones.
+
+    A span of the run is cut in `count` equal parts, and the recorded steps nearest to the ends of
+    these parts are taken, each at most once, so that the summed distance is least. The span is the
+    second half (`late`), the whole (`even`) or the first half (`early`), counted in steps from 0 to
+    the run's last; `late` and `even` therefore always hold the last step. Step 0 is never taken.
+
+    Args:
+        trajectory: Tidy table with the columns run and step.
+        count: Checkpoints per run; a run with fewer recorded steps gives all of them.
+        kind: Which part of the run they come from.
+
+    Returns:
+        The rows at the chosen steps, in their order and with their index.
+
+    Raises:
+        ValueError: If columns are missing, `count` is below 1 or `kind` is unknown.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1; got {count}.")
+    if kind not in _SPANS:
+        raise ValueError(f"kind must be one of {', '.join(_SPANS)}; got {kind!r}.")
+    _require(trajectory, ["run", "step"])
+    start, end = _SPANS[kind]
+    fractions = start + (end - start) * np.arange(1, count + 1) / count
+    chosen = np.zeros(len(trajectory), dtype=np.bool_)
+    runs = _codes(trajectory, ["run"])
+    steps = _numbers(trajectory, "step")
+    for run in range(runs.max(initial=-1) + 1):
+        recorded = np.unique(steps[(runs == run) & (steps > 0)])
+        if recorded.size:
+            distance = np.abs(recorded[:, None] - fractions * recorded[-1])
+            nearest, _ = linear_sum_assignment(distance)
+            chosen |= (runs == run) & np.isin(steps, recorded[nearest])
+    return trajectory[chosen]
+
+
+def _with_bounds(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_low", f"{name}_high"
+
+
+def _measures(level: Level, signed: bool) -> list[str]:
+    if level == "units":
+        return [f"signed_{name}" if signed else name for name in _UNIT_COLUMNS]
+    return ["delta_direction", "signed_delta_magnitude" if signed else "delta_magnitude"]
+
+
+def _check_options(
+    by: Sequence[str],
+    level: str,
+    confidence: float,
+    interval: str,
+    resamples: int,
+    permutations: int,
+) -> None:
+    if not by:
+        raise ValueError("by must name at least one column.")
+    if level not in get_args(Level):
+        raise ValueError(f"level must be one of {', '.join(get_args(Level))}; got {level!r}.")
+    if interval not in get_args(Interval):
+        raise ValueError(
+            f"interval must be one of {', '.join(get_args(Interval))}; got {interval!r}."
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1; got {confidence}.")
+    if resamples < 1 or permutations < 0:
+        raise ValueError(
+            "resamples must be at least 1 and permutations at least 0; "
+            f"got {resamples} and {permutations}."
+        )
+
+
+def _require(trajectory: pd.DataFrame, columns: Iterable[str]) -> None:
+    missing = [name for name in dict.fromkeys(columns) if name not in trajectory.columns]
+    if missing:
+        raise ValueError(f"The trajectory lacks what is needed here: {', '.join(missing)}.")
+
+
+def _numbers(frame: pd.DataFrame, column: str) -> FloatArray:
+    return frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _codes(frame: pd.DataFrame, columns: Sequence[str]) -> IntArray:
+    """Each row's number among the distinct values of some columns, by first appearance."""
+    groups = frame.groupby(list(columns), sort=False, dropna=False, observed=True)
+    return np.asarray(groups.ngroup(), dtype=np.intp)
+
+
+def _usable(frame: pd.DataFrame, measures: Iterable[str]) -> BoolArray:
+    values = np.stack([_numbers(frame, name) for name in measures])
+    usable: BoolArray = np.all(np.isfinite(values), axis=0) & (_numbers(frame, "step") != 0)
+    return usable
+
+
+def _layers(frame: pd.DataFrame) -> IntArray:
+    """Which layer each row belongs to: stack and layer number, or its site where it has none."""
+    key = pd.DataFrame(index=frame.index)
+    key["layer"] = _numbers(frame, "layer") if "layer" in frame else np.nan
+    key["stack"] = frame["stack"].fillna("") if "stack" in frame else ""
+    key["site"] = frame["site"].where(key["layer"].isna(), "")
+    return _codes(key, ["layer", "stack", "site"])
+
+
+def _unit_rows(frame: pd.DataFrame, measures: Sequence[str]) -> UnitRows:
+    values = np.stack([_numbers(frame, name) for name in measures], axis=-1)
+    return UnitRows(values, _layers(frame), _codes(frame, ["run"]))
+
+
+def _panel(frame: pd.DataFrame, measures: Sequence[str], level: PanelLevel) -> Panel:
+    """Lay rows out as (run, layer, slot, step), steps numbered within their run."""
+    place = [name for name in ("role", "head") if name in frame]
+    repeated = frame.duplicated(["run", "step", "site", *place])
+    if repeated.any():
+        run, step, site = frame.loc[repeated, ["run", "step", "site"]].iloc[0]
+        raise ValueError(
+            f"Two rows describe the same point (run {run}, step {step}, site {site}); "
+            "give every run a name of its own."
+        )
+    cluster = _layers(frame)
+    key = frame[["site", *place]].assign(cluster=cluster)
+    sites = key.drop_duplicates()
+    turn = sites.groupby(["cluster", *place], sort=False, dropna=False).cumcount()
+    slots = _codes(sites.assign(turn=turn), [*place, "turn"])
+
+    run, slot = _codes(frame, ["run"]), slots[_codes(key, list(key.columns))]
+    step = frame.groupby("run", dropna=False)["step"].rank(method="dense").to_numpy(np.intp) - 1
+    index = (run, cluster, slot, step)
+    shape = tuple(int(axis.max(initial=-1)) + 1 for axis in index)
+    x, y = np.zeros((2, *shape))
+    present = np.zeros(shape, dtype=np.bool_)
+    x[index], y[index] = (_numbers(frame, name) for name in measures)
+    present[index] = True
+    return Panel(x, y, present, level)
+
+
+def _why_nothing(used: pd.DataFrame, measures: Sequence[str], level: Level) -> str:
+    """Why a group has no estimate at all."""
+    if used.empty:
+        return f"no rows after step 0 have finite values of {' and '.join(measures)}"
+    cell, where = {
+        "within_step": (["run", "step"], "at any step of a run"),
+        "within_layer": (["run", "site", *(["head"] if "head" in used else [])], "at any site"),
+    }.get(level, ([], "in the group"))
+    largest = used.groupby(cell, dropna=False).size().max() if cell else len(used)
+    if largest < 3:
+        return f"fewer than 3 points {where}"
+    constant = [name for name in measures if np.ptp(_numbers(used, name)) == 0]
+    if constant:
+        return f"{' and '.join(constant)} does not vary"
+    return f"{' or '.join(measures)} does not vary {where}"
+
+
+def _why_partly(
+    points: Points,
+    level: Level,
+    estimates: FloatArray,
+    bounds: FloatArray,
+    p_value: float,
+    permutations: int,
+) -> str:
+    """Why some of a group's numbers are NaN; empty where none is."""
+    reasons = []
+    if np.isnan(estimates).any():
+        names = [name for name, value in zip(ESTIMATES, estimates, strict=True) if np.isnan(value)]
+        reasons.append(f"no finite values of the {' and '.join(names)} inside matrices")
+    if points.layers < MINIMUM_LAYERS:
+        reasons.append(
+            f"an interval needs at least {MINIMUM_LAYERS} layers (there are {points.layers})"
+        )
+    elif np.isnan(bounds[:, np.isfinite(estimates)]).any():
+        reasons.append("too few points are left for an interval when a layer or run is left out")
+    if np.isnan(p_value):
+        reasons.append(
+            "no permutations were asked for"
+            if permutations == 0
+            else f"a p-value needs at least 2 {'steps' if level == 'within_layer' else 'layers'}"
+        )
+    return "; ".join(reasons)
