@@ -1,0 +1,1 @@
+"""Recipes: each one screen, run as `python -m analyses.NAME`, drawing into `figures/`."""

@@ -1,0 +1,282 @@
+"""What the figures of a trajectory share: checked rows, a grid of panels, legends of layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from dora_dynamics.plotting._style import (
+    FINAL_MARKER,
+    LAYER_COLOURS,
+    LAYER_MAP,
+    LINE_COLOUR,
+    NO_LAYER_COLOUR,
+    Style,
+    layer_colours,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from matplotlib.axes import Axes
+
+_FIRST_METHODS: Final = ("FT", "LoRA", "DoRA")
+_MOST_COLUMNS: Final = 4
+_ONE_ROW: Final = 20
+_Corner: TypeAlias = Literal[
+    "outside lower left", "outside lower right", "outside right upper", "outside right lower"
+]
+_LOWER: Final[tuple[_Corner, _Corner]] = ("outside lower left", "outside lower right")
+_RIGHT: Final[tuple[_Corner, _Corner]] = ("outside right upper", "outside right lower")
+
+
+def checked(table: pd.DataFrame, text: Iterable[str], numbers: Iterable[str]) -> pd.DataFrame:
+    """The rows with these columns, text as text and numbers as float64, indexed by position.
+
+    Raises:
+        ValueError: The table is empty, lacks a column, or holds text where numbers belong.
+    """
+    text, numbers = list(dict.fromkeys(text)), list(dict.fromkeys(numbers))
+    missing = [name for name in [*text, *numbers] if name not in table.columns]
+    if missing:
+        raise ValueError(f"the table has no column {', '.join(map(repr, missing))}.")
+    if table.empty:
+        raise ValueError("the table has no rows, so there is nothing to draw.")
+    rows = table.reset_index(drop=True)
+    columns: dict[str, pd.Series] = {}
+    for name in text:
+        columns[name] = rows[name].astype(object).where(rows[name].notna(), "").map(str)
+    for name in numbers:
+        try:
+            columns[name] = pd.to_numeric(rows[name]).astype("Float64").astype("float64")
+        except (TypeError, ValueError):
+            raise ValueError(f"column {name!r} should hold numbers, but holds text.") from None
+    return pd.DataFrame(columns)
+
+
+def finite(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows whose `columns` are all finite, index kept; `ValueError` where none is left."""
+    good = np.isfinite(rows[list(columns)].to_numpy(dtype=np.float64)).all(axis=1)
+    kept: pd.DataFrame = rows.loc[good].copy()
+    if kept.empty:
+        names = " and ".join(repr(name) for name in columns)
+        raise ValueError(f"no row to draw: {names} are nowhere finite after step 0.")
+    return kept
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Distinct names: FT, LoRA and DoRA first, then the others as they first appear."""
+    distinct = list(dict.fromkeys(names))
+    known = [name for name in _FIRST_METHODS if name in distinct]
+    return known + [name for name in distinct if name not in known]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of a grid: where it is drawn and which rows belong to it."""
+
+    axes: Axes
+    group: str
+    role: str
+    rows: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """The group and, where it is known, the role."""
+        return f"{self.group}, {self.role}" if self.role else self.group
+
+
+def panels(
+    rows: pd.DataFrame, by: str, style: Style, axes: Axes | Sequence[Axes] | np.ndarray | None
+) -> tuple[Figure, list[Panel]]:
+    """A grid with a block of panels per role and a panel per value of `by` in it.
+
+    A block is one row of panels while at most four fit, else several rows. Panels without any row
+    (a group that lacks a role) stay as empty, titled axes.
+
+    Args:
+        rows: Table with columns `by` and ``role``.
+        by: Column whose values are the groups.
+        style: Sizes of a new figure.
+        axes: As many axes as there are panels, to draw into; a new figure where None.
+
+    Raises:
+        ValueError: `axes` are too few or too many.
+    """
+    group_of = rows[by]
+    rows = rows.assign(role="") if by == "role" else rows
+    groups, roles = in_order(group_of), list(dict.fromkeys(rows["role"]))
+    keys = [(group, role) for role in roles for group in groups]
+    if axes is None:
+        figure, flat = _grid(len(roles), len(groups), style)
+    else:
+        flat = list(np.atleast_1d(np.asarray(axes, dtype=object)).ravel())
+        if len(flat) != len(keys):
+            raise ValueError(f"axes: {len(keys)} panels are to be drawn, but {len(flat)} given.")
+        top = flat[0].get_figure(root=True)
+        if top is None:
+            raise ValueError("axes: they belong to no figure.")
+        figure = top
+    selected = [rows[(group_of == group) & (rows["role"] == role)] for group, role in keys]
+    return figure, [
+        Panel(one, group, role, mine)
+        for one, (group, role), mine in zip(flat, keys, selected, strict=True)
+    ]
+
+
+def _grid(blocks: int, count: int, style: Style) -> tuple[Figure, list[Axes]]:
+    lines = math.ceil(count / _MOST_COLUMNS)
+    columns = math.ceil(count / lines)
+    width = style.column_width if columns == 1 else style.text_width
+    height = style.panel_height * blocks * lines + 0.35 * style.panel_height
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(blocks * lines, columns, squeeze=False)
+    flat: list[Axes] = []
+    for block in range(blocks):
+        ours = list(grid[block * lines : (block + 1) * lines].ravel())
+        for unused in ours[count:]:
+            unused.remove()
+        flat += ours[:count]
+    return figure, flat
+
+
+def label_outer(drawn: Sequence[Panel], x_label: str, y_label: str) -> None:
+    """Labels the x axes of panels with none below them, and the y axes of the first column."""
+    lowest: dict[int, int] = {}
+    places = [_place(panel.axes) for panel in drawn]
+    for row, column in filter(None, places):
+        lowest[column] = max(row, lowest.get(column, row))
+    for panel, place in zip(drawn, places, strict=True):
+        if place is None or place[0] == lowest[place[1]]:
+            panel.axes.set_xlabel(x_label)
+        panel.axes.xaxis.get_offset_text().set_horizontalalignment("left")
+        if place is None or place[1] == 0:
+            panel.axes.set_ylabel(y_label)
+
+
+def _place(axes: Axes) -> tuple[int, int] | None:
+    spec = axes.get_subplotspec()
+    return None if spec is None else (spec.rowspan.start, spec.colspan.start)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The colour of every layer of a figure; sites without a layer are grey.
+
+    Attributes:
+        numbers: Distinct layers in ascending order.
+        unnumbered: Whether some rows have no layer.
+    """
+
+    numbers: tuple[int, ...]
+    unnumbered: bool
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> Layers:
+        """The layers of a table's ``layer`` column."""
+        known = rows["layer"].dropna()
+        return cls(tuple(sorted({int(layer) for layer in known})), len(known) < len(rows))
+
+    def colours(self, layers: pd.Series) -> list[str]:
+        """The colour of each row."""
+        table: Mapping[int, str] = layer_colours(self.numbers)
+        return [NO_LAYER_COLOUR if pd.isna(one) else table[int(one)] for one in layers]
+
+    def handles(self, style: Style, *, lines: bool = False) -> list[Line2D]:
+        """Legend entries, one per layer; none where there are too many layers for a legend."""
+        entries = {str(layer): colour for layer, colour in layer_colours(self.numbers).items()}
+        if len(self.numbers) > len(LAYER_COLOURS):
+            entries = {}
+        if self.unnumbered:
+            entries["none" if entries else "no layer"] = NO_LAYER_COLOUR
+        if lines:
+            return [Line2D([], [], color=colour, label=name) for name, colour in entries.items()]
+        return [dot(style, FINAL_MARKER, colour, name) for name, colour in entries.items()]
+
+
+def dot(style: Style, marker: str, colour: str, label: str, *, filled: bool = True) -> Line2D:
+    """A legend entry that shows one point."""
+    return Line2D(
+        [],
+        [],
+        linestyle="none",
+        marker=marker,
+        markersize=math.sqrt(style.marker_area),
+        markerfacecolor=colour if filled else "white",
+        markeredgecolor="white" if filled else colour,
+        markeredgewidth=0.3 if filled else 0.6 * style.line_width,
+        label=label,
+    )
+
+
+def legends(
+    figure: Figure,
+    drawn: Sequence[Panel],
+    layers: Layers,
+    entries: Mapping[str, Sequence[Line2D]],
+    *,
+    own_layout: bool,
+) -> None:
+    """Puts legends beside the panels, never over them, and a colour bar for many layers.
+
+    Args:
+        figure: The figure of all panels.
+        drawn: Its panels.
+        layers: What the colours mean; more than `LAYER_COLOURS` of them give a colour bar.
+        entries: Title to entries; empty ones give no legend.
+        own_layout: Whether the figure was made here and has a constrained layout. Axes given by
+            the caller get their legends at the right of the last panel.
+    """
+    places = [_place(panel.axes) or (0, 0) for panel in drawn]
+    shown = {title: list(handles) for title, handles in entries.items() if handles}
+    across = own_layout and max(column for _, column in places) > 0
+    most, corners = (_ONE_ROW, _LOWER) if across else (1, _RIGHT)
+    if len(layers.numbers) > len(LAYER_COLOURS):
+        # One legend below the panels: the colour bar has the place beside them.
+        most, corners = (most if across else 2), _LOWER
+        together = [handle for handles in shown.values() for handle in handles]
+        shown = {list(shown)[-1]: together} if together else {}
+        scale = Normalize(layers.numbers[0], layers.numbers[-1])
+        bar = figure.colorbar(
+            ScalarMappable(scale, mpl.colormaps[LAYER_MAP]),
+            ax=[panel.axes for panel in drawn],
+            label="layer",
+            aspect=22 * (1 + max(row for row, _ in places)),
+            pad=0.02,
+        )
+        bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        bar.outline.set_visible(False)
+    for number, (title, handles) in enumerate(shown.items()):
+        if own_layout:
+            made = figure.legend(
+                handles=handles,
+                title=title,
+                loc=corners[number % 2],
+                ncols=min(most, len(handles)),
+                alignment="left",
+                columnspacing=1.0,
+                borderaxespad=0.3,
+            )
+        else:
+            last = drawn[-1].axes
+            made = last.legend(
+                handles=handles,
+                title=title,
+                loc="upper left" if number == 0 else "lower left",
+                bbox_to_anchor=(1.02, 1.0 if number == 0 else 0.0),
+                borderaxespad=0.0,
+                alignment="left",
+            )
+            if number + 1 < len(shown):
+                last.add_artist(made)  # or the next legend replaces it
+        made.get_title().set_color(LINE_COLOUR)
