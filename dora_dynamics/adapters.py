@@ -27,7 +27,8 @@ class LoRA(nn.Module):
     """W' = W_0 + s·B A (Eq. 1), with s = alpha / rank.
 
     `A` has shape (rank, in) and starts Kaiming-uniform; `B` has shape (out, rank) and starts at
-    zero, so that training starts from the pre-trained weight.
+    zero, so that training starts from the pre-trained weight. Below a bf16 or fp16 weight they are
+    fp32, as is the arithmetic up to W', which has the weight's own dtype.
     """
 
     def __init__(
@@ -44,12 +45,17 @@ class LoRA(nn.Module):
         self.rank = rank
         self.scaling = alpha / rank
         self.stored_transposed = stored_transposed
-        self.lora_A = nn.Parameter(weight.new_empty(rank, in_features))
-        self.lora_B = nn.Parameter(weight.new_zeros(out_features, rank))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(weight.new_empty(rank, in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_zeros(out_features, rank, dtype=dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, stored as `weight` is."""
+        return self._updated(weight).to(weight.dtype)
+
+    def _updated(self, weight: Tensor) -> Tensor:
+        """W_0 + s·B A, stored as `weight` is, in the precision of A and B."""
         update = self.scaling * (self.lora_B @ self.lora_A)
         return weight + (update.T if self.stored_transposed else update)
 
@@ -59,7 +65,8 @@ class DoRA(LoRA):
 
     `magnitude` is m, shape (out,), and starts at ‖W_0‖_c. With `detach_norm` the norm below the
     fraction is a constant to the gradient (Sec. 4.3, Eq. 11), which saves memory; without it the
-    gradient is the exact one (Eq. 6), projected off each unit's own direction.
+    gradient is the exact one (Eq. 6), projected off each unit's own direction. A unit of W_0 whose
+    norm is zero has no direction to scale, and stays zero.
     """
 
     def __init__(
@@ -80,7 +87,8 @@ class DoRA(LoRA):
             generator=generator,
         )
         self.detach_norm = detach_norm
-        self.magnitude = nn.Parameter(self._norm(weight.detach()).flatten())
+        start = weight.detach().to(self.lora_A.dtype)
+        self.magnitude = nn.Parameter(self._norm(start).flatten())
 
     def _norm(self, weight: Tensor) -> Tensor:
         """Norm of each unit, shaped to broadcast over the weight as it is stored."""
@@ -90,9 +98,10 @@ class DoRA(LoRA):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, stored as `weight` is."""
-        turned = super().forward(weight)
+        turned = self._updated(weight)
         norm = self._norm(turned.detach() if self.detach_norm else turned)
-        return (self.magnitude.view_as(norm) / norm) * turned
+        norm = norm.masked_fill(norm == 0, 1.0)
+        return ((self.magnitude.view_as(norm) / norm) * turned).to(weight.dtype)
 
 
 def apply_lora(
@@ -105,8 +114,8 @@ def apply_lora(
 ) -> list[Site]:
     """Put LoRA (Eq. 1) on the selected linear layers of `model`, in place.
 
-    Every other parameter of the model is frozen; set `requires_grad` again on what should also
-    train (a classification head, say).
+    Every other parameter of the model is frozen, but for those of adapters applied before; set
+    `requires_grad` again on what should also train (a classification head, say).
 
     Args:
         model: the pre-trained model.
@@ -169,7 +178,16 @@ def _apply(
     for site in sites:
         if parametrize.is_parametrized(model.get_submodule(site.name), "weight"):
             raise ValueError(f"{site.name} already has a parametrized weight; merge it first.")
+    earlier = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, LoRA)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
     model.requires_grad_(False)
+    for parameter in earlier:
+        parameter.requires_grad_(True)
     for site in sites:
         module = model.get_submodule(site.name)
         weight = cast("Tensor", module.weight)

@@ -193,7 +193,8 @@ def low_rank_change(
         A: shape (rank, in).
         B: shape (out, rank).
         scaling: the factor on B A: alpha / rank, or alpha / √rank with rsLoRA.
-        magnitude: DoRA's m, shape (out,); None for LoRA. A negative entry turns its unit around.
+        magnitude: DoRA's m, shape (out,); None for LoRA. A negative entry turns its unit around; a
+            unit that is zero before m scales it stays zero, as in `adapters.DoRA`.
         axis: "output" or "input", as in `weight_change`.
 
     Returns:
@@ -236,6 +237,7 @@ def low_rank_change(
             base = before.to(torch.float64)
             turned = base + scaling * (B.to(torch.float64) @ A.to(torch.float64))
             norms = torch.linalg.vector_norm(turned, dim=1, keepdim=True)
+            norms = norms.masked_fill(norms == 0, 1.0)
             after = turned * (magnitude.to(torch.float64).unsqueeze(1) / norms)
             change = unit_change(_kernels.dense_sums(base.T, after.T))
         return reduce_units(change, axis)
@@ -268,11 +270,16 @@ def unit_change(sums: _kernels.UnitSums) -> UnitChange:
 
 
 def _rescale(sums: _kernels.UnitSums, magnitude: Tensor) -> UnitChange:
-    """DoRA (Eq. 5): the direction of the low-rank update, the magnitude |m|, the sign of m."""
+    """DoRA (Eq. 5): the direction of the low-rank update, the magnitude |m|, the sign of m.
+
+    A unit that m cannot scale, because the low-rank update left it zero or not finite, is that:
+    zero, or not finite.
+    """
     turned = unit_change(sums)
-    m = magnitude.numpy(force=True)
+    m = np.where(np.isfinite(turned.magnitude_after), magnitude.numpy(force=True), np.nan)
+    m = np.where(turned.magnitude_after == 0, 0.0, m)
     with np.errstate(all="ignore"):
-        scale = m / turned.magnitude_after
+        scale = np.where(m == 0, 0.0, m / turned.magnitude_after)
         cosine_part = turned.one_minus_cosine
         one_minus_cosine = np.where(m < 0, 2.0 - cosine_part, cosine_part)
         one_minus_cosine = np.where(m == 0, np.nan, one_minus_cosine)
@@ -337,9 +344,12 @@ def _units_first(weight: object, axis: Axis, name: str) -> Tensor:
     """A view of `weight` with one unit per row; raises on what has no units."""
     if axis not in AXES:
         raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
-    if not isinstance(weight, torch.Tensor) or not weight.dtype.is_floating_point:
-        kind = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, not {kind}; dequantise it first.")
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor, not {type(weight).__name__}.")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} must be a floating-point tensor, not {weight.dtype}; dequantise it first."
+        )
     if weight.ndim != 2:
         raise ValueError(
             f"{name} must be a matrix of shape (out, in), not of shape {tuple(weight.shape)}; "

@@ -49,20 +49,44 @@ def effective_weight(module: nn.Module) -> EffectiveWeight:
     """
     adapter = adapter_of(module)
     if adapter is None:
-        with torch.no_grad():
-            return Dense(cast("Tensor", module.weight).detach())
+        return Dense(dense_weight(module))
     magnitude = adapter.magnitude.detach() if isinstance(adapter, DoRA) else None
     return LowRank(adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling, magnitude)
 
 
-def stored_parameter(module: nn.Module) -> Tensor:
-    """The parameter behind `module.weight`: itself, or the original below a parametrization."""
-    if parametrize.is_parametrized(module, "weight"):
-        return pretrained_weight(module)
-    return cast("Tensor", module.weight)
+def dense_weight(module: nn.Module) -> Tensor:
+    """`module.weight`, detached, read so that reading leaves no trace.
+
+    A parametrization is evaluated in eval mode, since `spectral_norm` would go on with its power
+    iteration, and past `parametrize.cached`, which would hand the detached weight to the training.
+    """
+    if not parametrize.is_parametrized(module, "weight"):
+        return cast("Tensor", module.weight).detach()
+    stack = cast("nn.ModuleDict", module.parametrizations)["weight"]
+    modes = [(part, part.training) for part in stack.modules()]
+    stack.eval()
+    try:
+        with torch.no_grad():
+            return cast("Tensor", stack()).detach()
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
-def magnitude_parameter(module: nn.Module) -> Tensor:
-    """The parameter whose weight decay shrinks the magnitude: m in DoRA, else the stored weight."""
+def stored_parameter(module: nn.Module) -> Tensor | None:
+    """W_0 as the module holds it: its weight, or what lies below a LoRA or DoRA of this package.
+
+    None below any other parametrization: that is a part of the model, and what it computes is W_0.
+    """
+    if not parametrize.is_parametrized(module, "weight"):
+        return cast("Tensor", module.weight)
+    return None if adapter_of(module) is None else pretrained_weight(module)
+
+
+def magnitude_parameter(module: nn.Module) -> Tensor | None:
+    """The parameter whose weight decay shrinks the magnitude: m in DoRA, else the stored weight.
+
+    None where that is not known.
+    """
     adapter = adapter_of(module)
     return adapter.magnitude if isinstance(adapter, DoRA) else stored_parameter(module)

@@ -7,8 +7,10 @@ import re
 import warnings
 from collections.abc import Callable, Collection
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
+import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
@@ -18,6 +20,7 @@ from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.effective import (
     Dense,
     EffectiveWeight,
+    dense_weight,
     effective_weight,
     magnitude_parameter,
     stored_parameter,
@@ -86,7 +89,8 @@ class Recorder:
                 the step and says yes or no. Step 0 and the last step are always recorded.
             run_dir: folder for `run.json`, `trajectory.csv` and what `keep` names; None keeps the
                 rows in memory only.
-            method: name for the method; by default FT, LoRA or DoRA as the model's adapters say.
+            method: name for the method; by default FT, LoRA or DoRA as the adapters say that the
+                model has when `attach` is called.
             run: name for the run; by default the last part of `run_dir`, or the method.
             axis: "output" for one unit per output feature (the paper's choice), or "input".
             keep: "units" keeps per-unit arrays, "weights" the weights themselves, for each
@@ -96,6 +100,7 @@ class Recorder:
             overwrite: replace a run that `run_dir` already holds.
 
         Raises:
+            TypeError: `hyperparameters` holds what JSON cannot say.
             ValueError: a target matches nothing; `every`, `axis` or `keep` is not one of those
                 above; the model mixes adapters and `method` is not given.
             RunDirectoryError: `run_dir` already holds a run, or cannot be written.
@@ -104,15 +109,17 @@ class Recorder:
             raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
         self.sites: list[Site] = find_sites(model, targets)
         self.axis: Axis = axis
-        self.method = method or _method_of(model, self.sites)
+        self._given = {"run": run, "method": method}
+        self._modules = {site: model.get_submodule(site.name) for site in self.sites}
+        self.method = method or _method_of(self._modules)
         self.step = 0
         self._wanted = _schedule(every)
         self._keep = _kept(keep)
         if self._keep and run_dir is None:
             raise ValueError("keep= stores files: it needs a run_dir.")
-        self._modules = {site: model.get_submodule(site.name) for site in self.sites}
+        run_directory.as_json(dict(hyperparameters or {}), "hyperparameters")
         self._baseline: dict[Site, Tensor] = {}
-        self._versions: dict[Site, int] = {}
+        self._versions: dict[Site, int] = dict.fromkeys(self.sites, 0)
         for site in self.sites:
             self._take_baseline(site)
         self._decay = dict.fromkeys(self.sites, 0.0)
@@ -121,7 +128,7 @@ class Recorder:
         self._directory: Path | None = None
         if run_dir is not None:
             self._directory = run_directory.create_run(run_dir, overwrite=overwrite)
-        self.run = run or (self._directory.resolve().name if self._directory else self.method)
+        self.run = self._name()
         self._info = RunInfo(
             run=self.run,
             method=self.method,
@@ -152,19 +159,28 @@ class Recorder:
             UserWarning: the optimizer trains none of the parameters of the followed weights.
         """
         self._settle_baselines(optimizer)
+        self._settle_names()
         self._note_optimizer(optimizer)
         if self._last_recorded is None:
             self.record()
-        handle = optimizer.register_step_post_hook(self._after_step)
+        handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         try:
             yield self
         finally:
-            handle.remove()
-            if self._last_recorded != self.step:
-                self.record()
+            for handle in handles:
+                handle.remove()
+            self.record()
 
     def record(self) -> None:
-        """Take the rows of the present step now, whatever the schedule says."""
+        """Take the rows of the present step now, whatever the schedule says.
+
+        Does nothing if they are taken already: a step has one row per site.
+        """
+        if self._last_recorded == self.step:
+            return
         effective = {site: self._effective(site) for site in self.sites}
         changes = dict(
             zip(
@@ -199,6 +215,12 @@ class Recorder:
         self._rows.extend(rows)
         self._last_recorded = self.step
 
+    def _before_step(self, *_: object) -> None:
+        """Copy each baseline that is the live parameter, frozen until now, before it trains."""
+        for site, baseline in self._baseline.items():
+            if not _is_frozen(baseline):
+                self._baseline[site] = baseline.detach().clone()
+
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         self.step += 1
         self._add_decay(optimizer)
@@ -217,27 +239,30 @@ class Recorder:
                 )
                 self._versions[site] = baseline._version
             return effective_weight(module)
-        with torch.no_grad():
-            return Dense(cast("Tensor", module.weight).detach())
+        return Dense(dense_weight(module))
 
     def _take_baseline(self, site: Site) -> None:
-        parameter = stored_parameter(self._modules[site])
-        frozen = not parameter.requires_grad
-        self._baseline[site] = parameter if frozen else parameter.detach().clone()
-        self._versions[site] = parameter._version
+        module = self._modules[site]
+        parameter = stored_parameter(module)
+        if parameter is None:
+            self._baseline[site] = dense_weight(module).clone()
+        elif _is_frozen(parameter):
+            self._baseline[site] = parameter
+            self._versions[site] = parameter._version
+        else:
+            self._baseline[site] = parameter.detach().clone()
 
     def _settle_baselines(self, optimizer: Optimizer) -> None:
-        """Adapt to what happened since the baseline was taken: adapters applied, weights freed."""
+        """Adapt to what happened since: adapters applied, the model moved to another device."""
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         follows_something = False
         for site, module in self._modules.items():
             parameter, baseline = stored_parameter(module), self._baseline[site]
-            frozen = not parameter.requires_grad and id(parameter) not in trained
-            if baseline is parameter and not frozen:
-                self._baseline[site] = parameter.detach().clone()
-            elif baseline is not parameter and frozen and torch.equal(baseline, parameter):
-                self._baseline[site] = parameter
-                self._versions[site] = parameter._version
+            if parameter is not None and baseline is not parameter:
+                baseline = self._baseline[site] = baseline.to(parameter.device)
+                if _is_frozen(parameter) and torch.equal(baseline, parameter):
+                    self._baseline[site] = parameter
+                    self._versions[site] = parameter._version
             follows_something |= any(id(p) in trained for p in module.parameters())
         if not follows_something:
             warnings.warn(
@@ -246,13 +271,21 @@ class Recorder:
                 stacklevel=4,
             )
 
+    def _settle_names(self) -> None:
+        """Name the method by the adapters that the model has now, until a row carries the name."""
+        if self._given["method"] is None and not self._rows:
+            self.method = _method_of(self._modules)
+            self.run = self._name()
+            self._info = replace(self._info, run=self.run, method=self.method)
+
+    def _name(self) -> str:
+        """The run's name: as given, else the folder's, else the method."""
+        folder = self._directory.resolve().name if self._directory else ""
+        return self._given["run"] or folder or self.method
+
     def _note_optimizer(self, optimizer: Optimizer) -> None:
         groups = [
-            {
-                key: value
-                for key, value in group.items()
-                if key != "params" and isinstance(value, (int, float, bool, str, list, tuple))
-            }
+            {key: _as_plain(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ]
         self._info.hyperparameters["optimizer"] = type(optimizer).__name__
@@ -273,6 +306,9 @@ class Recorder:
         }
         for site, module in self._modules.items():
             parameter = magnitude_parameter(module)
+            if parameter is None:
+                self._decay[site] += math.nan if group_of else 0.0
+                continue
             group = group_of.get(id(parameter))
             if group is None or parameter.grad is None:
                 continue
@@ -286,14 +322,33 @@ class Recorder:
 def _schedule(every: Schedule) -> Callable[[int], bool]:
     if callable(every):
         return every
-    if isinstance(every, int) and not isinstance(every, bool):
-        if every < 1:
+    if isinstance(every, (int, np.integer)) and not isinstance(every, bool):
+        interval = int(every)
+        if interval < 1:
             raise ValueError(f"every must be at least 1, not {every}.")
-        return lambda step: step % every == 0
-    if isinstance(every, Collection) and all(isinstance(step, int) for step in every):
-        steps = frozenset(every)
+        return lambda step: step % interval == 0
+    if isinstance(every, Collection) and all(isinstance(step, (int, np.integer)) for step in every):
+        steps = frozenset(int(step) for step in every)
         return lambda step: step in steps
     raise ValueError(f"every must be a number, a list of steps or a callable, not {every!r}.")
+
+
+def _is_frozen(parameter: Tensor) -> bool:
+    """Whether no optimizer will change it: they step over parameters without a gradient."""
+    return not parameter.requires_grad and parameter.grad is None
+
+
+def _as_plain(value: object) -> object:
+    """An optimizer's setting as a JSON value, in words where it is none."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, (list, tuple)):
+        return [_as_plain(element) for element in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
 
 
 def _kept(keep: Keep | Collection[Keep]) -> frozenset[str]:
@@ -304,10 +359,9 @@ def _kept(keep: Keep | Collection[Keep]) -> frozenset[str]:
     return kinds
 
 
-def _method_of(model: nn.Module, sites: Sequence[Site]) -> str:
+def _method_of(modules: Mapping[Site, nn.Module]) -> str:
     found = set()
-    for site in sites:
-        module = model.get_submodule(site.name)
+    for module in modules.values():
         adapter = adapter_of(module)
         if adapter is not None:
             found.add("DoRA" if isinstance(adapter, DoRA) else "LoRA")

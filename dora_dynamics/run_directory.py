@@ -19,10 +19,16 @@ import pandas as pd
 
 from dora_dynamics import provenance
 from dora_dynamics.decomposition import Axis
-from dora_dynamics.trajectory import COLUMN_NAMES, COLUMNS, SCHEMA_VERSION, validate
+from dora_dynamics.trajectory import (
+    COLUMN_NAMES,
+    COLUMNS,
+    SCHEMA_VERSION,
+    TrajectoryError,
+    validate,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
 RUN_FILE: Final = "run.json"
 TRAJECTORY_FILE: Final = "trajectory.csv"
@@ -71,6 +77,24 @@ class RunInfo:
     schema_version: int = SCHEMA_VERSION
 
 
+_JSON_KINDS: Final[dict[str, type | tuple[type, ...]]] = {
+    "run": str,
+    "method": str,
+    "axis": str,
+    "targets": list,
+    "sites": list,
+    "baseline": str,
+    "model": str,
+    "seed": (int, type(None)),
+    "hyperparameters": dict,
+    "keep": list,
+    "versions": dict,
+    "machine": str,
+    "created": str,
+}
+"""What each entry of `run.json` can be."""
+
+
 def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
     """Make an empty run directory.
 
@@ -78,16 +102,22 @@ def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
         RunDirectoryError: it already holds a run and `overwrite` is False, or it cannot be made.
     """
     directory = Path(path)
-    if (directory / TRAJECTORY_FILE).exists() and not overwrite:
-        raise RunDirectoryError(
-            f"{directory} already holds a run: choose another folder, or pass overwrite=True to "
-            "replace it."
-        )
+    holds_a_run = RunDirectoryError(
+        f"{directory} already holds a run: choose another folder, or pass overwrite=True to "
+        "replace it."
+    )
+    if (directory / RUN_FILE).exists() and not overwrite:
+        raise holds_a_run
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / TRAJECTORY_FILE).open("w", encoding="utf-8", newline="") as file:
+        file = (directory / TRAJECTORY_FILE).open(
+            "w" if overwrite else "x", encoding="utf-8", newline=""
+        )
+        with file:
             csv.writer(file, lineterminator="\n").writerow(COLUMN_NAMES)
     except OSError as error:
+        if (directory / TRAJECTORY_FILE).exists() and not overwrite:
+            raise holds_a_run from None
         raise RunDirectoryError(f"cannot write to {directory}: {error.strerror}.") from error
     for kept in ("units", "weights"):
         for old in (directory / kept).glob("*.safetensors"):
@@ -95,9 +125,21 @@ def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
     return directory
 
 
+def as_json(content: object, what: str) -> str:
+    """`content` as JSON text; `what` names it in the error.
+
+    Raises:
+        TypeError: it holds something that JSON has no word for, NaN and Inf among them.
+    """
+    try:
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what} must hold JSON values only: {error}.") from error
+
+
 def write_info(directory: Path, info: RunInfo) -> None:
     """Write `run.json`, whole or not at all."""
-    text = json.dumps(asdict(info), indent=2, ensure_ascii=False, allow_nan=False)
+    text = as_json(asdict(info), RUN_FILE)
     partial = directory / f"{RUN_FILE}.partial"
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(directory / RUN_FILE)
@@ -109,8 +151,9 @@ def append_rows(directory: Path, rows: Iterable[Mapping[str, object]]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     for row in rows:
         writer.writerow([_cell(row[name]) for name in COLUMN_NAMES])
-    with (directory / TRAJECTORY_FILE).open("ab", buffering=0) as file:
+    with (directory / TRAJECTORY_FILE).open("ab") as file:
         file.write(buffer.getvalue().encode())
+        file.flush()
         os.fsync(file.fileno())
 
 
@@ -136,6 +179,9 @@ def read_info(path: StrPath) -> RunInfo:
     missing = sorted(names - content.keys())
     if missing:
         raise RunDirectoryError(f"{file} lacks {', '.join(missing)}.")
+    for name, kind in _JSON_KINDS.items():
+        if not isinstance(content[name], kind):
+            raise RunDirectoryError(f"{file}: {name!r} cannot be {content[name]!r}.")
     if content["axis"] not in get_args(Axis):
         raise RunDirectoryError(f"{file} names an unknown axis: {content['axis']!r}.")
     return RunInfo(**{name: content[name] for name in names})
@@ -160,37 +206,62 @@ def read_run(path: StrPath) -> pd.DataFrame:
     except OSError as error:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
     complete = content[: content.rfind(b"\n") + 1]
-    text_columns = {column.name: str for column in COLUMNS if column.kind == "text"}
     try:
-        table = pd.read_csv(
-            io.BytesIO(complete),
-            dtype=text_columns,
-            na_values={name: [""] for name in COLUMN_NAMES if name not in text_columns},
-            keep_default_na=False,
-            float_precision="round_trip",
-        )
-    except ValueError as error:
+        return validate(_parsed(complete.decode("utf-8")))
+    except TrajectoryError as error:
+        raise TrajectoryError(f"{file}: {error}") from error
+    except (ValueError, csv.Error) as error:
         raise RunDirectoryError(f"{file} is not a trajectory: {error}.") from error
-    return validate(table)
 
 
-def load_runs(paths: Sequence[StrPath]) -> pd.DataFrame:
+def _parsed(text: str) -> pd.DataFrame:
+    """The table in CSV text, numbers read exactly as they were written."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = next(reader, None)
+    if header is None:
+        raise ValueError("it is empty")
+    rows: list[list[str]] = []
+    for row in reader:
+        if len(row) != len(header):
+            raise ValueError(
+                f"line {reader.line_num} has {len(row)} fields where the header has {len(header)}"
+            )
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=header, dtype=str)
+    for column in COLUMNS:
+        if column.kind != "text" and list(table.columns).count(column.name) == 1:
+            table[column.name] = [_number(value, column.name) for value in table[column.name]]
+    return table
+
+
+def _number(text: str, column: str) -> float:
+    try:
+        return float(text) if text else math.nan
+    except ValueError:
+        raise TrajectoryError(f"column {column!r} must hold numbers, not {text!r}.") from None
+
+
+def load_runs(paths: StrPath | Iterable[StrPath]) -> pd.DataFrame:
     """The trajectories of several run directories as one table.
 
     Runs that carry the same name in different directories are renamed to their paths, so that
     they stay apart as replicates.
 
     Args:
-        paths: run directories.
+        paths: run directories, or one.
 
     Raises:
-        RunDirectoryError: `paths` is empty, a directory is not a run, or the runs were measured
-            along different axes.
+        RunDirectoryError: `paths` is empty or names a directory twice, a directory is not a run,
+            or the runs were measured along different axes.
+        TrajectoryError: a table lacks a column or holds the wrong kind of value.
     """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not paths:
         raise RunDirectoryError("no run directory was given.")
+    places = [Path(path).resolve() for path in paths]
+    twice = [Path(p) for p, place in zip(paths, places, strict=True) if places.count(place) > 1]
+    if twice:
+        raise RunDirectoryError(f"{twice[0]} is given more than once.")
     infos = [read_info(path) for path in paths]
     axes = {info.axis for info in infos}
     if len(axes) > 1:

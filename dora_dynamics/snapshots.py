@@ -133,7 +133,8 @@ def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
             trajectory again.
 
     Returns:
-        The trajectory. `total_decay`, which no weight tells, is the recorded one.
+        The trajectory, row by row that of `trajectory.csv`. `total_decay`, which no weight tells,
+            is the recorded one.
 
     Raises:
         RunDirectoryError: the run kept no weights.
@@ -144,27 +145,22 @@ def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
     if axis not in AXES:
         raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
     baselines = load_baseline(path)
-    recorded = read_run(path)
-    decay = dict(
-        zip(
-            zip(recorded["step"], recorded["site"], strict=True),
-            recorded["total_decay"],
-            strict=True,
-        )
-    )
+    sites = {site.name: site for site in baselines}
+    table = read_run(path)
     rows = []
-    for step in sorted(recorded["step"].unique()):
+    for step in table["step"].unique():
+        recorded = table[table["step"] == step]
         weights = load_weights(path, int(step))
-        for site, baseline in baselines.items():
-            change = measure(site, baseline, weights[site.name], axis)
+        for name, total_decay in zip(recorded["site"], recorded["total_decay"], strict=True):
+            change = measure(sites[name], baselines[sites[name]], weights[name], axis)
             rows.append(
                 trajectory_row(
-                    site,
+                    sites[name],
                     change,
                     run=info.run,
                     method=info.method,
                     step=int(step),
-                    total_decay=decay[step, site.name],
+                    total_decay=total_decay,
                 )
             )
     return to_table(rows)
@@ -190,10 +186,14 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _existing(path: Path) -> Path:
-    if not path.exists():
-        kind = path.parent.name
+    if path.exists():
+        return path
+    kind = path.parent.name
+    steps = sorted(int(file.stem[5:]) for file in path.parent.glob("step-*.safetensors"))
+    if not steps:
         raise RunDirectoryError(f"{path} does not exist: record the run with keep={kind!r}.")
-    return path
+    listed = ", ".join(map(str, steps))
+    raise RunDirectoryError(f"{path} does not exist: the run kept its {kind} at step {listed}.")
 
 
 def _float64(array: NDArray[np.float64]) -> NDArray[np.float64]:

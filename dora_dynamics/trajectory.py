@@ -147,6 +147,9 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
     missing = [name for name in COLUMN_NAMES if name not in table.columns]
     if missing:
         raise TrajectoryError(f"the table lacks the column(s) {', '.join(missing)}.")
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()].unique()
+        raise TrajectoryError(f"the table has the column(s) {', '.join(twice)} more than once.")
     typed = table.copy()
     for column in COLUMNS:
         try:
@@ -173,4 +176,8 @@ def _typed(values: pd.Series[Any], column: Column) -> pd.Series[Any]:
     numbers = pd.to_numeric(values)
     if column.kind == "number":
         return numbers.astype("float64")
+    present = numbers.dropna()
+    fractional = present[present % 1 != 0]
+    if len(fractional):
+        raise ValueError(f"{fractional.iloc[0]} is none")
     return numbers.astype("Int64" if column.name in _OPTIONAL_INTEGERS else "int64")
