@@ -1,0 +1,20 @@
+"""The sums behind every measure, as fast as the weights can be read.
+
+Everything that `decomposition` reports follows from four sums per unit. A kernel sees tensors
+whose first dimension counts units and whose second counts features, and returns these sums. There
+is one file a path; all give the same numbers:
+
+- `blocks`: CPU, numpy over cache-sized blocks; the core install.
+- `numba_path`: CPU, compiled; with the extra `fast`.
+- `triton_path`: NVIDIA and AMD GPUs, all weights in one launch; wherever torch ships Triton.
+- `sums.exact_tensors`: plain torch in float64, any other device; the definition.
+- `low_rank`: LoRA and DoRA from their factors, on any device.
+"""
+
+from __future__ import annotations
+
+from dora_dynamics._kernels.dispatch import dense_sums, dense_sums_of_all
+from dora_dynamics._kernels.low_rank import low_rank_sums
+from dora_dynamics._kernels.sums import UnitSums
+
+__all__ = ["UnitSums", "dense_sums", "dense_sums_of_all", "low_rank_sums"]

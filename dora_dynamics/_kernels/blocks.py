@@ -1,0 +1,158 @@
+"""The CPU path of the core install: numpy over blocks that stay in a core's cache.
+
+float32 terms, summed by BLAS over at most 4096 features at a time and in float64 across these;
+units whose sums cannot be believed are summed again in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+
+from dora_dynamics._kernels.sums import exact_rows, fill_tangential
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Rows = NDArray[np.float32] | NDArray[np.float64]
+
+_BLOCK: Final = 1 << 17
+"""Elements of a block: w_0 and d of it (1 MiB in float32) stay in a core's cache."""
+_FEATURES: Final = 4096
+"""Features that BLAS sums in float32; float64 beyond."""
+_CONVERSION: Final = (1 << 15) - 1
+"""Elements torch converts at a time: from 2¹⁵ on it would wake its own threads."""
+_COLUMN_ROWS: Final = 64
+"""Features summed in float32 where units are columns of memory."""
+TASK: Final = 1 << 18
+"""Elements of a task: tens of microseconds of work, above the cost of handing it to a thread."""
+
+_local = threading.local()
+
+
+def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Callable[[], None]]:
+    """Independent pieces of work that together fill `out`, shape (4, units), with the sums."""
+    units, features = before.shape
+    by_column = features > 1 and units > 1 and before.stride(0) == 1 == after.stride(0)
+    work = _sum_columns if by_column else _sum_rows
+    step = max(1, TASK // features)
+    if by_column:
+        step = max(step, min(units, 512))
+    return [
+        partial(
+            work,
+            before[start : start + step],
+            after[start : start + step],
+            out[:, start : start + step],
+        )
+        for start in range(0, units, step)
+    ]
+
+
+def _sum_rows(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
+    units, features = before.shape
+    step = max(1, _BLOCK // features)
+    for start in range(0, units, step):
+        rows = slice(start, start + step)
+        _sum_row_block(before[rows], after[rows], out[:, rows])
+
+
+def _sum_row_block(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
+    out[:3] = 0.0
+    with np.errstate(all="ignore"):
+        for start in range(0, before.shape[1], _BLOCK):
+            columns = slice(start, start + _BLOCK)
+            w = as_rows(before[:, columns], "w")
+            v = as_rows(after[:, columns], "v")
+            d = np.subtract(v, w, out=_scratch("v", w.shape, w.dtype))
+            for low in range(0, w.shape[1], _FEATURES):
+                w_part, d_part = w[:, low : low + _FEATURES], d[:, low : low + _FEATURES]
+                out[0] += np.vecdot(w_part, w_part)
+                out[1] += np.vecdot(d_part, w_part)
+                out[2] += np.vecdot(d_part, d_part)
+    again = fill_tangential(out, single=before.dtype != torch.float64)
+    if len(again):
+        sum_exactly(before, after, again, out)
+
+
+def _sum_columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
+    """Units are contiguous and features strided, as in a Conv1D: sums down the columns."""
+    out[:3] = 0.0
+    before_columns, after_columns = before.T, after.T
+    with np.errstate(all="ignore"):
+        for start in range(0, before.shape[1], _COLUMN_ROWS):
+            rows = slice(start, start + _COLUMN_ROWS)
+            w = as_rows(before_columns[rows], "w")
+            v = as_rows(after_columns[rows], "v")
+            d = np.subtract(v, w, out=_scratch("v", w.shape, w.dtype))
+            product = np.multiply(w, w, out=_scratch("product", w.shape, w.dtype))
+            out[0] += np.add.reduce(product, axis=0)
+            out[1] += np.add.reduce(np.multiply(d, w, out=product), axis=0)
+            out[2] += np.add.reduce(np.multiply(d, d, out=product), axis=0)
+    again = fill_tangential(out, single=before.dtype != torch.float64)
+    if len(again):
+        sum_exactly(before, after, again, out)
+
+
+def sum_exactly(
+    before: Tensor, after: Tensor, units: NDArray[np.intp], out: NDArray[np.float64]
+) -> None:
+    """Sum the given units again, in float64."""
+    step = max(1, _BLOCK // before.shape[1])
+    for start in range(0, len(units), step):
+        some = units[start : start + step]
+        first, last = int(some[0]), int(some[-1])
+        together = last - first + 1 == len(some)
+        index = slice(first, last + 1) if together else torch.from_numpy(some)
+        w = as_rows(before[index], "w", torch.float64)
+        v = as_rows(after[index], "v", torch.float64)
+        sums = np.empty((4, len(some)))
+        exact_rows(w, v, sums)  # type: ignore[arg-type]
+        out[:, some] = sums
+
+
+def as_rows(weight: Tensor, buffer: str, dtype: torch.dtype | None = None) -> Rows:
+    """A matrix as numpy reads it fast: a view where it can be, else converted into a buffer.
+
+    Args:
+        weight: any floating-point matrix in memory, with any strides and alignment.
+        buffer: name of this thread's buffer to convert into; the next use of it overwrites.
+        dtype: what to convert to; by default float64 for float64 and float32 for the rest.
+    """
+    if dtype is None:
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows, columns = weight.shape
+    if weight.dtype == dtype and is_aligned(weight) and (columns == 1 or weight.stride(1) == 1):
+        view: Rows = weight.numpy()
+        return view
+    array: Rows = _scratch(buffer, (rows, columns), np.dtype(str(dtype).removeprefix("torch.")))
+    converted = torch.from_numpy(array)
+    width = min(columns, _CONVERSION)
+    height = max(1, _CONVERSION // width)
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            part = (slice(top, top + height), slice(left, left + width))
+            converted[part].copy_(weight[part])
+    return array
+
+
+def is_aligned(weight: Tensor) -> bool:
+    """Whether the data start at a multiple of the element size; in a mapped file they may not."""
+    return weight.data_ptr() % weight.element_size() == 0
+
+
+def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """This thread's buffer of that name: fresh memory would cost a page fault per page."""
+    size = math.prod(shape) * dtype.itemsize
+    buffers = _local.__dict__
+    if name not in buffers or buffers[name].nbytes < size:
+        buffers[name] = np.empty(size, np.uint8)
+    return buffers[name][:size].view(dtype).reshape(shape)

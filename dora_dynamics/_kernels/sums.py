@@ -1,0 +1,101 @@
+"""The four sums per unit that every kernel returns, and when fast arithmetic may be believed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+SMALLEST: Final = 1e-26
+"""Below this a float32 sum of squares has lost terms to underflow."""
+LARGEST: Final = 1e30
+"""Above this it is close to overflow."""
+TANGENTIAL_SHARE: Final = 0.5
+"""Where P/c is at least this, c − e²/a loses at most one bit; below it P comes from d itself."""
+
+_DEVICE_BLOCK: Final = 1 << 24
+"""Elements an accelerator without a kernel of its own converts to float64 at a time."""
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """Per-unit sums of a change d = w' − w_0; each a float64 tensor of shape (units,).
+
+    Attributes:
+        before_square: a = Σ w_0².
+        dot: e = Σ d·w_0.
+        update_square: c = Σ d².
+        tangential_square: P = Σ (d − (e/a) w_0)², the part of c that turns the unit.
+    """
+
+    before_square: Tensor
+    dot: Tensor
+    update_square: Tensor
+    tangential_square: Tensor
+
+
+def from_array(sums: NDArray[np.float64]) -> UnitSums:
+    """UnitSums over an array of shape (4, units), in the order a, e, c, P; nothing is copied."""
+    a, e, c, P = torch.from_numpy(sums)
+    return UnitSums(a, e, c, P)
+
+
+def fill_tangential(sums: NDArray[np.float64], single: bool) -> NDArray[np.intp]:
+    """Set P = c − e²/a from a, e and c, and tell the units where that cannot be believed.
+
+    Args:
+        sums: shape (4, units): a, e, c and room for P.
+        single: whether terms were float32, which underflow and overflow early.
+
+    Returns:
+        Indices of units to be summed again in float64: almost radial changes, where c − e²/a
+        cancels; sums out of float32's range; NaN and Inf.
+    """
+    a, e, c, P = sums
+    with np.errstate(all="ignore"):
+        np.subtract(c, np.where(a == 0, 0.0, e * e / a), out=P)
+        trusted = TANGENTIAL_SHARE * c <= P
+        if single:
+            unchanged = (c == 0) & (e == 0)
+            trusted &= (a >= SMALLEST) & (a <= LARGEST)
+            trusted &= ((c >= SMALLEST) & (c <= LARGEST)) | unchanged
+    return np.flatnonzero(~trusted)
+
+
+def exact_rows(
+    before: NDArray[np.float64], after: NDArray[np.float64], out: NDArray[np.float64]
+) -> None:
+    """The definition, in float64: a, e, c and P of each row into the four rows of `out`."""
+    with np.errstate(all="ignore"):
+        d = after - before
+        a, e = np.vecdot(before, before), np.vecdot(d, before)
+        out[0], out[1], out[2] = a, e, np.vecdot(d, d)
+        d -= np.where(a == 0, 0.0, e / a)[:, None] * before
+        out[3] = np.vecdot(d, d)
+
+
+def exact_tensors(before: Tensor, after: Tensor) -> UnitSums:
+    """The same in plain torch on any device with float64, block by block."""
+    rows = max(1, _DEVICE_BLOCK // before.shape[1])
+    sums = torch.empty((4, before.shape[0]), dtype=torch.float64, device=before.device)
+    for start in range(0, before.shape[0], rows):
+        block = slice(start, start + rows)
+        w = before[block].to(torch.float64)
+        d = after[block].to(torch.float64) - w
+        a, e = torch.einsum("nk,nk->n", w, w), torch.einsum("nk,nk->n", d, w)
+        sums[0, block], sums[1, block] = a, e
+        sums[2, block] = torch.einsum("nk,nk->n", d, d)
+        d.addcmul_(w, ratio(e, a).unsqueeze(1), value=-1)
+        sums[3, block] = torch.einsum("nk,nk->n", d, d)
+    return UnitSums(*sums)
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Numerator / denominator, and 0 where the denominator is 0 (a unit with no direction)."""
+    return torch.where(denominator == 0, 0.0, numerator / denominator)

@@ -1,0 +1,48 @@
+"""Threads of our own, so that measuring leaves torch's thread settings as they are.
+
+Work is cut into tasks that run single-threaded; torch's OpenMP threads, which may spin for
+milliseconds after each small operation, are not woken.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+"""By process: a forked child does not inherit its parent's threads."""
+
+
+def run_all(tasks: Sequence[Callable[[], None]], worth_threads: bool) -> None:
+    """Run every task; in parallel over as many threads as torch is set to use, if worth it."""
+    workers = min(torch.get_num_threads(), len(tasks))
+    if workers < 2 or not worth_threads:
+        for task in tasks:
+            task()
+        return
+    waiting = iter(tasks)  # next() on a list iterator is atomic
+
+    def work() -> None:
+        for task in waiting:
+            task()
+
+    helpers = [_pool().submit(work) for _ in range(workers - 1)]
+    try:
+        work()
+    finally:
+        for helper in helpers:
+            helper.result()
+
+
+def _pool() -> ThreadPoolExecutor:
+    process = os.getpid()
+    if process not in _pools:
+        _pools.clear()
+        _pools[process] = ThreadPoolExecutor(os.cpu_count(), "dora-dynamics")
+    return _pools[process]
