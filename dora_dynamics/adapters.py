@@ -236,5 +236,12 @@ def merge(model: nn.Module) -> nn.Module:
             merged = cast("Tensor", module.weight).clone()
         original = pretrained_weight(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        others = dict(module.named_parameters(recurse=False))
+        for name in others:
+            delattr(module, name)
+        others.pop("weight")
+        # As in the plain module, the weight first: optimizers know parameters by their order.
         module.weight = nn.Parameter(merged, requires_grad=original.requires_grad)
+        for name, parameter in others.items():
+            module.register_parameter(name, parameter)
     return model

@@ -99,7 +99,7 @@ def train() -> Callable[..., list[float]]:
             labels = torch.randint(4, (8,), generator=source).to(where)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(tokens), labels)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             losses.append(loss.item())
             after_step(step)
