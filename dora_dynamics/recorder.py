@@ -5,45 +5,44 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
-import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
 from dora_dynamics import run_directory, snapshots
 from dora_dynamics.adapters import DoRA, adapter_of
 from dora_dynamics.decomposition import AXES, Axis
-from dora_dynamics.effective import (
-    Dense,
-    EffectiveWeight,
-    dense_weight,
-    effective_weight,
-    magnitude_parameter,
-    stored_parameter,
-)
+from dora_dynamics.effective import Dense, EffectiveWeight
+from dora_dynamics.followed import Followed, follow
 from dora_dynamics.measurement import measure_all
+from dora_dynamics.optimizers import StepDecay, settings, unwrapped, was_skipped
+from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
+from dora_dynamics.schedule import Schedule, schedule
 from dora_dynamics.sites import Site, find_sites
 from dora_dynamics.trajectory import to_table, trajectory_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
     from torch import Tensor, nn
     from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
 
     from dora_dynamics.run_directory import StrPath
 
 Keep = Literal["units", "weights"]
-Schedule = int | Collection[int] | Callable[[int], bool]
+Granularity = Literal["matrix", "head"]
 
-_DECOUPLED: Final = frozenset({"AdamW"})
+T = TypeVar("T")
+METRICS: Final = ("delta_magnitude", "delta_direction", "unit_coupling")
+"""The columns whose means over a role `Recorder.metrics` gives, for a trainer's own log."""
 
 
 class Recorder:
@@ -56,9 +55,11 @@ class Recorder:
     A weight that trains is copied once, as baseline; a frozen weight below a LoRA or DoRA is not
     copied.
 
+    Where several processes train together, each follows its own copy and the main one writes.
+
     Attributes:
         sites: the weights that are followed.
-        step: optimizer steps seen so far.
+        step: optimizer steps done so far; a step that mixed precision skipped is none.
         run: name of the run.
         method: name of the method.
         axis: which axis the units are.
@@ -74,10 +75,12 @@ class Recorder:
         method: str | None = None,
         run: str | None = None,
         axis: Axis = "output",
+        granularity: Granularity = "matrix",
         keep: Keep | Collection[Keep] = (),
         seed: int | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        resume: int | Mapping[str, Any] | None = None,
     ) -> None:
         """Take the baseline and, where a run directory is given, create it.
 
@@ -93,11 +96,18 @@ class Recorder:
                 model has when `attach` is called.
             run: name for the run; by default the last part of `run_dir`, or the method.
             axis: "output" for one unit per output feature (the paper's choice), or "input".
+            granularity: "matrix" takes one row for each weight, and for each of query, key and
+                value where they are fused in one; "head" takes one for each attention head.
             keep: "units" keeps per-unit arrays, "weights" the weights themselves, for each
                 recorded step; both need `run_dir`.
             seed: the seed of this training, noted in `run.json`; nothing is seeded with it.
             hyperparameters: anything else to note in `run.json`, as JSON values.
             overwrite: replace a run that `run_dir` already holds.
+            resume: go on with the run that `run_dir` holds, from a checkpoint: its step, or what
+                `state_dict()` returned there, which also knows Λ at steps that have no rows. Rows
+                after it are dropped. Make the recorder before the checkpoint is loaded into
+                the model, so that it finds the baseline there; later it needs the one that
+                `keep="weights"` kept.
 
         Raises:
             TypeError: `hyperparameters` holds what JSON cannot say.
@@ -107,46 +117,105 @@ class Recorder:
         """
         if axis not in AXES:
             raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
-        self.sites: list[Site] = find_sites(model, targets)
+        if granularity not in get_args(Granularity):
+            raise ValueError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")
+        self.sites: list[Site] = find_sites(model, targets, granularity)
         self.axis: Axis = axis
         self._given = {"run": run, "method": method}
-        self._modules = {site: model.get_submodule(site.name) for site in self.sites}
-        self.method = method or _method_of(self._modules)
+        self._model = model
+        self._followed: dict[str, Followed] = follow(model, self.sites)
+        self.method = method or _method_of(self._followed)
         self.step = 0
-        self._wanted = _schedule(every)
+        self._wanted = schedule(every)
         self._keep = _kept(keep)
-        if self._keep and run_dir is None:
-            raise ValueError("keep= stores files: it needs a run_dir.")
         run_directory.as_json(dict(hyperparameters or {}), "hyperparameters")
-        self._baseline: dict[Site, Tensor] = {}
-        self._versions: dict[Site, int] = dict.fromkeys(self.sites, 0)
-        for site in self.sites:
-            self._take_baseline(site)
-        self._decay = dict.fromkeys(self.sites, 0.0)
+        self._baseline: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = dict.fromkeys(self._followed, 0)
+        for name in self._followed:
+            self._take_baseline(name)
+        self._decay = dict.fromkeys(self._followed, 0.0)
         self._rows: list[dict[str, object]] = []
         self._last_recorded: int | None = None
         self._directory: Path | None = None
-        if run_dir is not None:
-            self._directory = run_directory.create_run(run_dir, overwrite=overwrite)
+        self._hooks: list[RemovableHandle] = []
+        self._counts_steps = True
         self.run = self._name()
         self._info = RunInfo(
             run=self.run,
             method=self.method,
             axis=axis,
             targets=[t.pattern if isinstance(t, re.Pattern) else t for t in targets],
-            sites=[site.name for site in self.sites],
+            sites=[site.key for site in self.sites],
             baseline="the model's own weights when the recorder was made",
             model=_model_name(model),
             seed=seed,
             hyperparameters=dict(hyperparameters or {}),
             keep=sorted(self._keep),
         )
+        if run_dir is not None:
+            self.write_to(run_dir, overwrite=overwrite, resume=resume)
+        elif self._keep or resume is not None:
+            what = "keep= stores files" if self._keep else "resume= goes on with a run on disk"
+            raise ValueError(f"{what}: it needs a run_dir.")
+
+    def write_to(
+        self,
+        run_dir: StrPath,
+        *,
+        overwrite: bool = False,
+        resume: int | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write to this folder from now on; done already where the recorder was given `run_dir`.
+
+        For loops that learn only after the baseline was taken whether training resumes. The
+        arguments, and what is raised, are those of `Recorder`.
+        """
+        if resume is not None:
+            progress = read_progress(run_dir, resume, self.sites)
+            progress.check(self.sites, self.axis)
+            self._baseline = choose_baseline(
+                progress, self.sites, self._baseline, lambda: snapshots.load_baseline(run_dir)
+            )
+            self.step, self._rows = progress.step, progress.rows
+            self._last_recorded, self._decay = progress.last_recorded, progress.total_decay
+            self.run, self.method = progress.info.run, progress.info.method
+            self._info = replace(
+                progress.info,
+                hyperparameters=progress.info.hyperparameters | self._info.hyperparameters,
+            )
+            if _is_main_process():
+                progress.truncate()
+                self._directory = progress.directory
+        elif _is_main_process():
+            self._directory = run_directory.create_run(run_dir, overwrite=overwrite)
+            self.run = self._name()
+            self._info = replace(self._info, run=self.run)
         self._write_info()
 
     @property
     def trajectory(self) -> pd.DataFrame:
         """The rows taken so far, as a table (see `trajectory.COLUMNS`)."""
         return to_table(self._rows)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last recorded step in a few numbers: `dora_dynamics/<role>/<measure>`, a mean each.
+
+        Empty before the first record. Measures that are NaN at every site are left out.
+        """
+        found: dict[str, list[float]] = defaultdict(list)
+        for row in reversed(self._rows):
+            if row["step"] != self._last_recorded:
+                break
+            for measure in METRICS:
+                value = float(str(row[measure]))
+                if math.isfinite(value):
+                    found[f"dora_dynamics/{row['role']}/{measure}"].append(value)
+        return {name: math.fsum(values) / len(values) for name, values in sorted(found.items())}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold for `resume=` to go on exactly; JSON values only."""
+        return {"step": self.step, "total_decay": dict(self._decay)}
 
     @contextmanager
     def attach(self, optimizer: Optimizer) -> Iterator[Recorder]:
@@ -158,20 +227,45 @@ class Recorder:
         Warns:
             UserWarning: the optimizer trains none of the parameters of the followed weights.
         """
-        self._settle_baselines(optimizer)
-        self._settle_names()
-        self._note_optimizer(optimizer)
-        if self._last_recorded is None:
-            self.record()
-        handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self.start(optimizer)
         try:
             yield self
         finally:
-            for handle in handles:
-                handle.remove()
+            self.finish()
+
+    def start(self, optimizer: Optimizer, *, count_steps: bool = True) -> None:
+        """What entering `attach` does, for loops that are no block of code.
+
+        Args:
+            optimizer: the one that trains; Accelerate's and Lightning's wrappers are seen through.
+            count_steps: count the optimizer's own steps and record them when they are due. False
+                leaves that to `advance_to`.
+        """
+        optimizer = unwrapped(optimizer)
+        self._followed = follow(self._model, self.sites)
+        self._settle_baselines(optimizer)
+        self._settle_names()
+        self._note_optimizer(optimizer)
+        self._counts_steps = count_steps
+        if self._last_recorded is None:
+            self.record()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def finish(self, *, record: bool = True) -> None:
+        """What leaving `attach` does: let go of the optimizer and record the last step."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if record:
+            self.record()
+
+    def advance_to(self, step: int) -> None:
+        """Take over the step of a loop that counts by itself, and record it when it is due."""
+        self.step = step
+        if self._wanted(step):
             self.record()
 
     def record(self) -> None:
@@ -181,16 +275,10 @@ class Recorder:
         """
         if self._last_recorded == self.step:
             return
-        effective = {site: self._effective(site) for site in self.sites}
-        changes = dict(
-            zip(
-                self.sites,
-                measure_all(
-                    ((site, self._baseline[site], effective[site]) for site in self.sites),
-                    self.axis,
-                ),
-                strict=True,
-            )
+        effective = {name: self._effective(name) for name in self._followed}
+        changes = measure_all(
+            ((site, self._baseline[site.tensor], effective[site.tensor]) for site in self.sites),
+            self.axis,
         )
         rows = [
             trajectory_row(
@@ -199,82 +287,91 @@ class Recorder:
                 run=self.run,
                 method=self.method,
                 step=self.step,
-                total_decay=self._decay[site],
+                total_decay=self._decay[site.tensor],
+                head=site.head,
             )
-            for site, change in changes.items()
+            for site, change in zip(self.sites, changes, strict=True)
         ]
         if self._directory is not None:
             if "weights" in self._keep:
                 if self._last_recorded is None:
-                    snapshots.save_baseline(self._directory, self._baseline)
-                snapshots.save_weights(self._directory, self.step, effective)
+                    snapshots.save_baseline(self._directory, self._by_site(self._baseline))
+                snapshots.save_weights(self._directory, self.step, self._by_site(effective))
             if "units" in self._keep:
-                units = {site: change.units for site, change in changes.items()}
+                units = {
+                    site: change.units for site, change in zip(self.sites, changes, strict=True)
+                }
                 snapshots.save_units(self._directory, self.step, units)
             run_directory.append_rows(self._directory, rows)
         self._rows.extend(rows)
         self._last_recorded = self.step
 
+    def _by_site(self, tensors: Mapping[str, T]) -> dict[Site, T]:
+        return {site: tensors[site.tensor] for site in self.sites}
+
     def _before_step(self, *_: object) -> None:
         """Copy each baseline that is the live parameter, frozen until now, before it trains."""
-        for site, baseline in self._baseline.items():
+        for name, baseline in self._baseline.items():
             if not _is_frozen(baseline):
-                self._baseline[site] = baseline.detach().clone()
+                self._baseline[name] = baseline.detach().clone()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        self.step += 1
-        self._add_decay(optimizer)
-        if self._wanted(self.step):
-            self.record()
+        if was_skipped(optimizer):
+            return
+        decay = StepDecay(optimizer)
+        for name, followed in self._followed.items():
+            self._decay[name] += decay.of(followed.magnitude())
+        if self._counts_steps:
+            self.advance_to(self.step + 1)
 
-    def _effective(self, site: Site) -> EffectiveWeight:
+    def _effective(self, name: str) -> EffectiveWeight:
         """The effective weight, by its factors only where the baseline is the very base below."""
-        module, baseline = self._modules[site], self._baseline[site]
-        if baseline is stored_parameter(module):
-            if baseline._version != self._versions[site]:
+        followed, baseline = self._followed[name], self._baseline[name]
+        if baseline is followed.stored():
+            if baseline._version != self._versions[name]:
                 warnings.warn(
-                    f"the frozen weight of {site.name} was changed in place after the recorder "
+                    f"the frozen weight of {name} was changed in place after the recorder "
                     "was made; make the recorder after the weights are loaded.",
                     stacklevel=2,
                 )
-                self._versions[site] = baseline._version
-            return effective_weight(module)
-        return Dense(dense_weight(module))
+                self._versions[name] = baseline._version
+            return followed.effective()
+        return Dense(followed.dense())
 
-    def _take_baseline(self, site: Site) -> None:
-        module = self._modules[site]
-        parameter = stored_parameter(module)
+    def _take_baseline(self, name: str) -> None:
+        followed = self._followed[name]
+        parameter = followed.stored()
         if parameter is None:
-            self._baseline[site] = dense_weight(module).clone()
+            self._baseline[name] = followed.dense().clone()
         elif _is_frozen(parameter):
-            self._baseline[site] = parameter
-            self._versions[site] = parameter._version
+            self._baseline[name] = parameter
+            self._versions[name] = parameter._version
         else:
-            self._baseline[site] = parameter.detach().clone()
+            self._baseline[name] = parameter.detach().clone()
 
     def _settle_baselines(self, optimizer: Optimizer) -> None:
         """Adapt to what happened since: adapters applied, the model moved to another device."""
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         follows_something = False
-        for site, module in self._modules.items():
-            parameter, baseline = stored_parameter(module), self._baseline[site]
+        for name, followed in self._followed.items():
+            parameter, baseline = followed.stored(), self._baseline[name]
             if parameter is not None and baseline is not parameter:
-                baseline = self._baseline[site] = baseline.to(parameter.device)
+                baseline = self._baseline[name] = baseline.to(parameter.device)
                 if _is_frozen(parameter) and torch.equal(baseline, parameter):
-                    self._baseline[site] = parameter
-                    self._versions[site] = parameter._version
-            follows_something |= any(id(p) in trained for p in module.parameters())
+                    self._baseline[name] = parameter
+                    self._versions[name] = parameter._version
+            follows_something |= any(id(p) in trained for p in followed.module.parameters())
         if not follows_something:
             warnings.warn(
                 "the optimizer trains no parameter of the followed weights: make it after the "
                 "adapters are applied, and check requires_grad.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _settle_names(self) -> None:
         """Name the method by the adapters that the model has now, until a row carries the name."""
         if self._given["method"] is None and not self._rows:
-            self.method = _method_of(self._modules)
+            self.method = _method_of(self._followed)
             self.run = self._name()
             self._info = replace(self._info, run=self.run, method=self.method)
 
@@ -284,71 +381,17 @@ class Recorder:
         return self._given["run"] or folder or self.method
 
     def _note_optimizer(self, optimizer: Optimizer) -> None:
-        groups = [
-            {key: _as_plain(value) for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
-        self._info.hyperparameters["optimizer"] = type(optimizer).__name__
-        self._info.hyperparameters["parameter_groups"] = groups
+        self._info.hyperparameters.update(settings(optimizer))
         self._write_info()
 
     def _write_info(self) -> None:
         if self._directory is not None:
             run_directory.write_info(self._directory, self._info)
 
-    def _add_decay(self, optimizer: Optimizer) -> None:
-        """Add lr · weight_decay of this step to Λ of the sites whose magnitude it shrinks."""
-        group_of = {
-            id(parameter): group
-            for group in optimizer.param_groups
-            if group.get("weight_decay", 0.0) != 0
-            for parameter in group["params"]
-        }
-        for site, module in self._modules.items():
-            parameter = magnitude_parameter(module)
-            if parameter is None:
-                self._decay[site] += math.nan if group_of else 0.0
-                continue
-            group = group_of.get(id(parameter))
-            if group is None or parameter.grad is None:
-                continue
-            decoupled = type(optimizer).__name__ in _DECOUPLED or group.get(
-                "decoupled_weight_decay", False
-            )
-            step = float(group["lr"]) * float(group["weight_decay"])
-            self._decay[site] += step if decoupled else math.nan
-
-
-def _schedule(every: Schedule) -> Callable[[int], bool]:
-    if callable(every):
-        return every
-    if isinstance(every, (int, np.integer)) and not isinstance(every, bool):
-        interval = int(every)
-        if interval < 1:
-            raise ValueError(f"every must be at least 1, not {every}.")
-        return lambda step: step % interval == 0
-    if isinstance(every, Collection) and all(isinstance(step, (int, np.integer)) for step in every):
-        steps = frozenset(int(step) for step in every)
-        return lambda step: step in steps
-    raise ValueError(f"every must be a number, a list of steps or a callable, not {every!r}.")
-
 
 def _is_frozen(parameter: Tensor) -> bool:
     """Whether no optimizer will change it: they step over parameters without a gradient."""
     return not parameter.requires_grad and parameter.grad is None
-
-
-def _as_plain(value: object) -> object:
-    """An optimizer's setting as a JSON value, in words where it is none."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, (list, tuple)):
-        return [_as_plain(element) for element in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
 
 
 def _kept(keep: Keep | Collection[Keep]) -> frozenset[str]:
@@ -359,9 +402,9 @@ def _kept(keep: Keep | Collection[Keep]) -> frozenset[str]:
     return kinds
 
 
-def _method_of(modules: Mapping[Site, nn.Module]) -> str:
+def _method_of(followed: Mapping[str, Followed]) -> str:
     found = set()
-    for module in modules.values():
+    for module in (tensor.module for tensor in followed.values()):
         adapter = adapter_of(module)
         if adapter is not None:
             found.add("DoRA" if isinstance(adapter, DoRA) else "LoRA")
@@ -376,3 +419,10 @@ def _model_name(model: nn.Module) -> str:
     """Class of the model, with the name or path its configuration carries."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     return f"{type(model).__name__} ({name})" if name else type(model).__name__
+
+
+def _is_main_process() -> bool:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0

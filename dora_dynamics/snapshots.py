@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import pandas as pd
 import safetensors
 import safetensors.numpy
 import safetensors.torch
 
 from dora_dynamics.decomposition import AXES, Axis, UnitChange
 from dora_dynamics.effective import Dense, EffectiveWeight, LowRank
-from dora_dynamics.measurement import measure
+from dora_dynamics.measurement import measure_all
 from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
 from dora_dynamics.sites import Site
 from dora_dynamics.trajectory import to_table, trajectory_row
@@ -26,7 +27,6 @@ from dora_dynamics.trajectory import to_table, trajectory_row
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import pandas as pd
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -40,7 +40,7 @@ def save_baseline(directory: Path, baselines: Mapping[Site, Tensor]) -> None:
     """Write W_0 of every site, with what is needed to describe the sites again."""
     _save(
         directory / "weights" / BASELINE_FILE,
-        {site.name: weight for site, weight in baselines.items()},
+        {site.tensor: weight for site, weight in baselines.items()},
         {"sites": json.dumps([asdict(site) for site in baselines])},
     )
 
@@ -51,20 +51,20 @@ def save_weights(directory: Path, step: int, weights: Mapping[Site, EffectiveWei
     scalings: dict[str, float] = {}
     for site, effective in weights.items():
         if isinstance(effective, Dense):
-            tensors[f"{site.name}.weight"] = effective.weight
+            tensors[f"{site.tensor}.weight"] = effective.weight
             continue
-        tensors[f"{site.name}.lora_A"] = effective.A
-        tensors[f"{site.name}.lora_B"] = effective.B
+        tensors[f"{site.tensor}.lora_A"] = effective.A
+        tensors[f"{site.tensor}.lora_B"] = effective.B
         if effective.magnitude is not None:
-            tensors[f"{site.name}.magnitude"] = effective.magnitude
-        scalings[site.name] = effective.scaling
+            tensors[f"{site.tensor}.magnitude"] = effective.magnitude
+        scalings[site.tensor] = effective.scaling
     _save(_step_file(directory, "weights", step), tensors, {"scaling": json.dumps(scalings)})
 
 
 def save_units(directory: Path, step: int, units: Mapping[Site, UnitChange]) -> None:
     """Write the per-unit arrays of one step, float64, as `<site>.<array>`."""
     arrays = {
-        f"{site.name}.{name}": np.ascontiguousarray(getattr(change, name))
+        f"{site.key}.{name}": np.ascontiguousarray(getattr(change, name))
         for site, change in units.items()
         for name in _UNIT_ARRAYS
     }
@@ -121,7 +121,7 @@ def load_baseline(path: StrPath) -> dict[Site, Tensor]:
     """
     tensors, metadata = _load(Path(path) / "weights" / BASELINE_FILE)
     sites = [Site(**description) for description in json.loads(metadata["sites"])]
-    return {site: tensors[site.name] for site in sites}
+    return {site: tensors[site.tensor] for site in sites}
 
 
 def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
@@ -145,24 +145,31 @@ def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
     if axis not in AXES:
         raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
     baselines = load_baseline(path)
-    sites = {site.name: site for site in baselines}
+    sites = {(site.name, site.head): site for site in baselines}
     table = read_run(path)
-    rows = []
+    rows: list[dict[str, object]] = []
     for step in table["step"].unique():
         recorded = table[table["step"] == step]
         weights = load_weights(path, int(step))
-        for name, total_decay in zip(recorded["site"], recorded["total_decay"], strict=True):
-            change = measure(sites[name], baselines[sites[name]], weights[name], axis)
-            rows.append(
-                trajectory_row(
-                    sites[name],
-                    change,
-                    run=info.run,
-                    method=info.method,
-                    step=int(step),
-                    total_decay=total_decay,
-                )
+        heads = [None if pd.isna(head) else int(head) for head in recorded["head"]]
+        measured = [sites[name, head] for name, head in zip(recorded["site"], heads, strict=True)]
+        changes = measure_all(
+            ((site, baselines[site], weights[site.tensor]) for site in measured), axis
+        )
+        rows.extend(
+            trajectory_row(
+                site,
+                change,
+                run=info.run,
+                method=info.method,
+                step=int(step),
+                total_decay=total_decay,
+                head=site.head,
             )
+            for site, change, total_decay in zip(
+                measured, changes, recorded["total_decay"], strict=True
+            )
+        )
     return to_table(rows)
 
 

@@ -1,0 +1,79 @@
+"""What a recorder reads off an optimizer: its settings, its steps, its weight decay."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DECOUPLED: Final = frozenset({"AdamW"})
+
+
+class StepDecay:
+    """lr · weight_decay of the step that an optimizer has just made, for each parameter."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Read the optimizer's parameter groups as they are now."""
+        self._is_decoupled = type(optimizer).__name__ in _DECOUPLED
+        self._group_of: dict[int, dict[str, Any]] = {
+            id(parameter): group
+            for group in optimizer.param_groups
+            if group.get("weight_decay", 0.0) != 0
+            for parameter in group["params"]
+        }
+
+    def of(self, parameter: Tensor | None) -> float:
+        """What the step takes off this parameter, relative to it.
+
+        Zero where nothing decays it. NaN where decay is not decoupled from the gradient, or where
+        the parameter is not known (None) and the optimizer decays anything.
+        """
+        if parameter is None:
+            return math.nan if self._group_of else 0.0
+        group = self._group_of.get(id(parameter))
+        if group is None or parameter.grad is None:
+            return 0.0
+        if not (self._is_decoupled or group.get("decoupled_weight_decay", False)):
+            return math.nan
+        return float(group["lr"]) * float(group["weight_decay"])
+
+
+def settings(optimizer: Optimizer) -> dict[str, object]:
+    """Class and settings of an optimizer, as JSON values."""
+    return {
+        "optimizer": type(optimizer).__name__,
+        "parameter_groups": [
+            {key: _as_plain(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps, below the wrappers of Accelerate and Lightning."""
+    inner = getattr(optimizer, "optimizer", None)
+    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer was called by a GradScaler that found Inf, and so did nothing."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _as_plain(value: object) -> object:
+    """An optimizer's setting as a JSON value, in words where it is none."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, (list, tuple)):
+        return [_as_plain(element) for element in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
