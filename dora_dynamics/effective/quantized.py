@@ -1,0 +1,121 @@
+"""Quantised layers: the weight they stand for, and how to add a kind that is not known here.
+
+A quantised layer multiplies by codes and scales; the weight it stands for is what they decode to.
+The functions below decode the layers of bitsandbytes, torchao, HQQ, GPTQ and AWQ through what
+those layers themselves, or PEFT, offer; `register_dequantizer` adds one more.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final, cast
+
+import torch
+from torch import nn
+
+from dora_dynamics.effective.weights import NoDenseWeightError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+_dequantizers: dict[type[nn.Module], Callable[[nn.Module], Tensor]] = {}
+_BITSANDBYTES: Final = frozenset({"Params4bit", "Int8Params"})
+_CODES: Final = ("qweight", "W_q")
+
+
+def register_dequantizer(
+    module_type: type[nn.Module], function: Callable[[nn.Module], Tensor]
+) -> None:
+    """Say how the weight of a quantised layer is decoded.
+
+    Args:
+        module_type: class of the layer, subclasses included.
+        function: given a layer, its weight as a floating-point tensor (out, in).
+
+    Example:
+        >>> dd.register_dequantizer(Int8Linear, lambda layer: layer.codes * layer.scale[:, None])
+    """
+    _dequantizers[module_type] = function
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the layer itself (nothing inside it) holds its weight as codes."""
+    if _registered(module) is not None:
+        return True
+    if any(name in module._parameters or name in module._buffers for name in _CODES):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and (
+        type(weight).__name__ in _BITSANDBYTES or _decodes_itself(weight)
+    )
+
+
+def quantization_of(module: nn.Module) -> str:
+    """What a quantised layer is quantised as, in a few words for `run.json`."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return type(module).__name__
+    kind = type(weight) if type(weight.data) is torch.Tensor else type(weight.data)
+    return f"{type(module).__name__} of {kind.__name__}"
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weight (out, in) that a quantised layer stands for, detached.
+
+    Raises:
+        NoDenseWeightError: nothing here knows how to decode this layer.
+    """
+    with torch.no_grad():
+        function = _registered(module)
+        if function is not None:
+            return function(module).detach()
+        weight = module._parameters.get("weight")
+        if weight is not None and _decodes_itself(weight):
+            return weight.detach().dequantize()
+        for name in ("dequantize", "dequantize_weight"):
+            method = getattr(module, name, None)
+            if callable(method):
+                return _as_out_in(module, method())
+        peft = sys.modules.get("peft.utils.integrations")
+        if peft is not None and type(weight).__name__ in _BITSANDBYTES:
+            return cast("Tensor", peft.dequantize_module_weight(module)).detach()
+    raise NoDenseWeightError(
+        f"{type(module).__name__} keeps its weight quantised in a way that is not known here: say "
+        "how it is decoded with dora_dynamics.register_dequantizer."
+    )
+
+
+def dequantized_module(module: nn.Module) -> nn.Linear:
+    """A plain linear layer with the weight and bias of a quantised one."""
+    weight = dequantized(module)
+    bias = getattr(module, "bias", None)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear
+
+
+def _registered(module: nn.Module) -> Callable[[nn.Module], Tensor] | None:
+    return next((_dequantizers[cls] for cls in type(module).__mro__ if cls in _dequantizers), None)
+
+
+def _decodes_itself(weight: Tensor) -> bool:
+    """A tensor subclass that says how it is decoded, as torchao's and torch's own do."""
+    if weight.is_quantized:
+        return True
+    inner = weight.data
+    return (
+        type(inner) not in (torch.Tensor, nn.Parameter)
+        and callable(getattr(type(inner), "dequantize", None))
+        and type(inner).dequantize is not torch.Tensor.dequantize
+    )
+
+
+def _as_out_in(module: nn.Module, weight: Tensor) -> Tensor:
+    """GPTQ-like layers decode to (in, out), others to (out, in): told by the layer's own sizes."""
+    rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    transposed = rows != columns and tuple(weight.shape) == (columns, rows)
+    return weight.detach().T if transposed else weight.detach()

@@ -1,0 +1,222 @@
+"""The weight a module really applies, adapters included, whatever kind of module it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
+from dora_dynamics.effective import peft_layers
+from dora_dynamics.effective.private_copy import private_copy, undisturbed
+from dora_dynamics.effective.probe import close, probed_weight, sample_input
+from dora_dynamics.effective.quantized import dequantized, is_quantized
+from dora_dynamics.effective.registry import registered_function
+from dora_dynamics.effective.weights import Dense, EffectiveWeight, LowRank, NoDenseWeightError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KNOWN_FORWARDS: Final = (
+    nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm,
+)  # fmt: skip
+
+
+def effective_weight(module: nn.Module, parameter: str = "weight") -> EffectiveWeight:
+    """What `module` multiplies by at this moment; nothing of the module is changed.
+
+    In this order: what `register_effective_weight` says; LoRA and DoRA (of this package and of
+    PEFT) by their factors, so that W' need not be built; any other PEFT tuner by merging a private
+    copy, or by probing; a quantised layer by its decoded weight; a module that exposes `.weight`
+    (a parametrization too) by that; any other affine module by probing.
+
+    A weight of your own needs nothing if the module exposes it:
+
+        >>> class Gain(nn.Module):  # as a parametrization: `.weight` is the effective weight
+        ...     def forward(self, weight): return self.gain * weight
+        >>> parametrize.register_parametrization(model.query, "weight", Gain())
+
+    nor if the module is affine and has `in_features` and `out_features` (or a `base_layer`):
+
+        >>> class TwoLayers(nn.Module):  # y = B (A x): probed, and checked to be affine
+        ...     def forward(self, x): return self.B(self.A(x))
+
+    Args:
+        module: the module at a site, as `model.get_submodule` gives it.
+        parameter: its name for the tensor.
+
+    Raises:
+        NoDenseWeightError: there is no dense weight to follow; the message says why.
+    """
+    module = peft_layers.resolved(module)
+    if parameter == "weight" and registered_function(module) is None:
+        if peft_layers.is_tuner_layer(module):
+            return peft_layers.tuner_weight(module, parameter)
+        adapter = adapter_of(module)
+        if adapter is not None:
+            magnitude = adapter.magnitude.detach() if isinstance(adapter, DoRA) else None
+            A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
+            return LowRank(A, B, adapter.scaling, magnitude)
+    return Dense(dense_weight(module, parameter))
+
+
+def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
+    """The effective weight in full, read so that reading leaves no trace.
+
+    Raises:
+        NoDenseWeightError: as `effective_weight`.
+    """
+    module = peft_layers.resolved(module)
+    function = registered_function(module)
+    if function is not None and parameter == "weight":
+        with torch.no_grad():
+            return function(module).detach()
+    if peft_layers.is_tuner_layer(module):
+        return _expanded(peft_layers.tuner_weight(module, parameter), module)
+    if parametrize.is_parametrized(module, parameter):
+        return _parametrized(module, parameter)
+    if parameter == "weight" and is_quantized(module):
+        return dequantized(module)
+    if parameter == "weight" and not _is_plain(module):
+        return _foreign(module)
+    weight = getattr(module, parameter, None)
+    if not isinstance(weight, torch.Tensor):
+        raise NoDenseWeightError(f"{type(module).__name__} has no tensor called {parameter!r}.")
+    return weight.detach()
+
+
+def stored_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """W_0 as the module holds it: its weight, or what lies below a LoRA, a DoRA or a PEFT layer.
+
+    None where the module does not hold it: below any other parametrization (that is a part of the
+    model, and what it computes is W_0), in a quantised layer, below an adapter that is merged, in
+    a module of a user's own.
+    """
+    if registered_function(module) is not None:
+        return None
+    base = peft_layers.original(module)
+    inner = peft_layers.resolved(module)
+    if peft_layers.is_tuner_layer(inner) and peft_layers.is_merged(inner):
+        return None
+    if parametrize.is_parametrized(base, parameter):
+        return None if adapter_of(base) is None else pretrained_weight(base)
+    if base is module and parameter == "weight" and not _is_plain(module):
+        return None
+    if is_quantized(base):
+        return None
+    stored = base._parameters.get(parameter)
+    return base._buffers.get(parameter) if stored is None else stored
+
+
+def magnitude_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """The parameter whose weight decay shrinks the magnitude: m in DoRA, else the stored weight.
+
+    None where that is not known.
+    """
+    module = peft_layers.resolved(module)
+    if peft_layers.is_tuner_layer(module):
+        return peft_layers.decayed_parameter(module)
+    adapter = adapter_of(module)
+    if parameter == "weight" and isinstance(adapter, DoRA):
+        return adapter.magnitude
+    return stored_parameter(module, parameter)
+
+
+def method_of(module: nn.Module) -> str | None:
+    """Name of the method that trains a module's weight: "FT", "LoRA", "OFT", …; None if unknown."""
+    module = peft_layers.resolved(module)
+    if peft_layers.is_tuner_layer(module):
+        return peft_layers.method_name(module)
+    adapter = adapter_of(module)
+    if adapter is not None:
+        return "DoRA" if isinstance(adapter, DoRA) else "LoRA"
+    if parametrize.is_parametrized(module) or not _is_plain(module):
+        return None
+    return "FT"
+
+
+def _expanded(effective: EffectiveWeight, layer: nn.Module) -> Tensor:
+    """W' of a PEFT layer in full and in float64, as its base layer stores it."""
+    if isinstance(effective, Dense):
+        return effective.weight
+    base = peft_layers.original(layer)
+    stored = dequantized(base) if is_quantized(base) else cast("Tensor", base.weight).detach()
+    transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    A, B = effective.A.to(torch.float64), effective.B.to(torch.float64)
+    weight = (stored.T if transposed else stored).to(torch.float64) + effective.scaling * (B @ A)
+    if effective.magnitude is not None:
+        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+        norm = norm.masked_fill(norm == 0, 1.0)
+        weight = effective.magnitude.to(torch.float64).unsqueeze(1) / norm * weight
+    return weight.T if transposed else weight
+
+
+def _parametrized(module: nn.Module, parameter: str) -> Tensor:
+    """A parametrized weight, evaluated in eval mode and past `parametrize.cached`.
+
+    `spectral_norm` would go on with its power iteration otherwise, and the cache would hand the
+    detached weight to the training.
+    """
+    stack = cast("nn.ModuleDict", module.parametrizations)[parameter]
+    modes = [(part, part.training) for part in stack.modules()]
+    stack.eval()
+    try:
+        with torch.no_grad():
+            return cast("Tensor", stack()).detach()
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether `module.weight` can be taken at its word.
+
+    It can where the class has one of torch's own forwards, or holds nothing but a weight and a
+    bias. What holds more (loralib's Linear keeps its factors beside the frozen weight) is checked.
+    """
+    forward = type(module).forward
+    if any(forward is known.forward for known in _KNOWN_FORWARDS):
+        return True
+    if not isinstance(module._parameters.get("weight"), torch.Tensor):
+        return hasattr(module, "in_proj_weight")
+    return not module._modules and set(module._parameters) | set(module._buffers) <= {
+        "weight",
+        "bias",
+        "weight_scale_inv",
+    }
+
+
+def _foreign(module: nn.Module) -> Tensor:
+    """The weight of a module of a user's own: as exposed if that is what it does, else probed."""
+    leaf, shape = _leaf_of(module)
+    with undisturbed(module):
+        copy = private_copy(module)
+        exposed = getattr(copy, "weight", None)
+        if isinstance(exposed, torch.Tensor) and exposed.shape == shape:
+            sample = sample_input(leaf, shape, exposed.device)
+            if sample is None or len(shape) != 2 or isinstance(leaf, nn.Embedding):
+                return cast("Tensor", module.weight).detach()
+            difference = copy(sample) - copy(torch.zeros_like(sample))
+            if close(sample @ exposed.T, difference):
+                return exposed.detach()
+        return probed_weight(copy, leaf, shape, type(module).__name__)
+
+
+def _leaf_of(module: nn.Module) -> tuple[nn.Module, torch.Size]:
+    """A plain layer that says what kind of layer a module stands for, and its weight's shape."""
+    rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(rows, int) and isinstance(columns, int):
+        return nn.Linear(columns, rows, bias=False, device="meta"), torch.Size((rows, columns))
+    below = getattr(module, "base_layer", None)
+    if isinstance(below, nn.Module):
+        return _leaf_of(below)
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return module, weight.shape
+    raise NoDenseWeightError(
+        f"{type(module).__name__} exposes no .weight, and has neither in_features and out_features "
+        "nor a base_layer by which it could be probed: say how its weight is read with "
+        "dora_dynamics.register_effective_weight."
+    )
