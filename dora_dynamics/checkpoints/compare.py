@@ -1,0 +1,243 @@
+"""The table of magnitude and direction changes, from checkpoints on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dora_dynamics.checkpoints.catalogue import tensor_name
+from dora_dynamics.checkpoints.errors import CheckpointError
+from dora_dynamics.checkpoints.plan import (
+    Options,
+    Plan,
+    Planned,
+    StrPath,
+    describe,
+    make_plan,
+    read_updates,
+    site_bytes,
+)
+from dora_dynamics.checkpoints.running import Output, Row
+from dora_dynamics.checkpoints.updates import change_of
+from dora_dynamics.decomposition import AXES, Axis
+from dora_dynamics.run_directory import RunInfo
+from dora_dynamics.trajectory import to_table, trajectory_row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pandas as pd
+
+    from dora_dynamics.decomposition import WeightChange
+    from dora_dynamics.sites import Granularity, Site
+    from dora_dynamics.sites.select import Target
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that were just read and the bytes there are to read."""
+
+
+def compare_checkpoints(
+    base: StrPath | None,
+    checkpoints: StrPath | Sequence[StrPath],
+    targets: Sequence[Target] | None = None,
+    *,
+    out: StrPath | None = None,
+    axis: Axis = "output",
+    method: str | None = None,
+    run: str | None = None,
+    steps: Sequence[int] | None = None,
+    granularity: Granularity = "matrix",
+    transposed: Sequence[str] = (),
+    jobs: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_non_finite: bool = False,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """The trajectory of checkpoints against their base, with no model built.
+
+    One weight is in work at a time, memory-mapped from its file. Names match by name; what only
+    one side has is left out and listed in `table.attrs["summary"]`.
+
+    Args:
+        base: the pre-trained checkpoint: a folder, a file or a hub name; None to take the base
+            that the adapters name.
+        checkpoints: folders, files, globs, folders of checkpoints or hub names: full weights,
+            PEFT adapters, LoRA files, Lightning's or torch's distributed checkpoints.
+        targets: roles, ends of module paths, globs or patterns, as in `Recorder`; by default
+            every layer that an adapter adapts, and every linear layer of full weights.
+        out: a run directory to write, the same that a recorder writes; None to write none.
+        axis: "output" for one unit per output feature (the paper's choice), or "input".
+        method: name of the method; by default "FT", "LoRA", "DoRA" or the tuner's name.
+        run: name of the run; by default that of `out` or of the method.
+        steps: the step of each checkpoint, where neither its name nor its files tell.
+        granularity: "module", "matrix" (fused weights in their parts) or "head".
+        transposed: globs over module paths of weights stored (in, out), where the base has no
+            config.json that tells.
+        jobs: sites that are measured at once.
+        resume: go on with the interrupted comparison in `out`.
+        overwrite: replace the run that `out` holds.
+        keep_non_finite: give weights that hold NaN or Inf a row of NaN, rather than refuse them.
+        progress: called after each site.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, damaged, unsafe or does not fit the base.
+        RunDirectoryError: `out` cannot be written or already holds a run.
+        ValueError: an argument is out of its range.
+    """
+    if axis not in AXES:
+        raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, not {jobs}.")
+    plan = make_plan(base, checkpoints, Options(targets, granularity, transposed, steps))
+    return run_plan(
+        plan,
+        out=out,
+        axis=axis,
+        method=method,
+        run=run,
+        jobs=jobs,
+        resume=resume,
+        overwrite=overwrite,
+        keep_non_finite=keep_non_finite,
+        progress=progress,
+    )
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    out: StrPath | None = None,
+    axis: Axis = "output",
+    method: str | None = None,
+    run: str | None = None,
+    jobs: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_non_finite: bool = False,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Measure what a plan lists; arguments and errors as in `compare_checkpoints`."""
+    method = method or _method(plan)
+    run = run or (Path(out).name if out is not None else method)
+    info = _info(plan, run, method, axis)
+    groups: list[list[Row]] = []
+    output: Output | None = None
+    if out is not None and resume and Path(out).exists():
+        output, groups = Output.resume(Path(out), info, plan)
+    elif out is not None:
+        output = Output.begin(Path(out), info, overwrite=overwrite)
+    if progress is not None:
+        for checkpoint in plan.checkpoints[: len(groups)]:
+            progress(checkpoint.nbytes, plan.nbytes)
+    try:
+        for checkpoint in plan.checkpoints[len(groups) :]:
+            changes = _measure(plan, checkpoint, axis, jobs, progress)
+            if not keep_non_finite:
+                _refuse_non_finite(checkpoint, changes)
+            rows = [
+                trajectory_row(
+                    site, change, run=run, method=method, step=checkpoint.step, head=site.head
+                )
+                for site, change in changes.items()
+            ]
+            if output is not None:
+                output.append(rows)
+            groups.append(rows)
+    except BaseException:
+        if output is not None:
+            output.discard_if_empty()
+        raise
+    table = to_table(row for group in groups for row in group)
+    table.attrs["summary"] = describe(plan)
+    return table
+
+
+def _measure(
+    plan: Plan, checkpoint: Planned, axis: Axis, jobs: int, progress: Progress | None
+) -> dict[Site, WeightChange]:
+    updates, _ = read_updates(plan.base, plan.sites, checkpoint.path)
+    sites = list(updates)
+
+    def change(site: Site) -> WeightChange:
+        stored = plan.base.tensors[tensor_name(site)]
+        try:
+            measured = change_of(site, stored, updates[site], axis)
+        except CheckpointError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.path}: {site.name}: {error}") from error
+        return measured
+
+    changes: dict[Site, WeightChange] = {}
+    with _single_threaded(jobs), ThreadPoolExecutor(jobs) as pool:
+        try:
+            for site, measured in zip(sites, pool.map(change, sites), strict=True):
+                changes[site] = measured
+                if progress is not None:
+                    progress(site_bytes(plan.base, site, updates[site]), plan.nbytes)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return changes
+
+
+@contextmanager
+def _single_threaded(jobs: int) -> Iterator[None]:
+    """Torch's own threads put aside while several sites are in work."""
+    threads = torch.get_num_threads()
+    if jobs > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _refuse_non_finite(checkpoint: Planned, changes: dict[Site, WeightChange]) -> None:
+    bad = [(site, change) for site, change in changes.items() if change.non_finite]
+    if bad:
+        site, change = bad[0]
+        raise CheckpointError(
+            f"{checkpoint.path} or its base holds NaN or Inf in {change.non_finite} of "
+            f"{len(change.units)} units of {site.name} ({len(bad)} such weights): leave it out, or "
+            "pass keep_non_finite=True (--keep-non-finite) to have such weights as rows of NaN."
+        )
+
+
+def _method(plan: Plan) -> str:
+    methods = list(dict.fromkeys(checkpoint.method for checkpoint in plan.checkpoints))
+    if len(methods) > 1:
+        raise CheckpointError(
+            f"the checkpoints are of different methods ({', '.join(methods)}): compare them one "
+            "by one, or pass method= (--method)."
+        )
+    return methods[0]
+
+
+def _info(plan: Plan, run: str, method: str, axis: Axis) -> RunInfo:
+    config = plan.base.contents.config
+    names = config.get("architectures")
+    model = names[0] if isinstance(names, list) and names else config.get("model_type", "unknown")
+    return RunInfo(
+        run=run,
+        method=method,
+        axis=axis,
+        targets=[t if isinstance(t, str) else t.pattern for t in plan.targets],
+        sites=[site.key for site in plan.sites],
+        baseline=f"the checkpoint {plan.base.path}, as stored",
+        model=f"{model} ({plan.base.path.name})",
+        hyperparameters={
+            "source": "checkpoints",
+            "base": str(plan.base.path.resolve()),
+            "checkpoints": [
+                {"path": str(c.path.resolve()), "step": c.step, "notes": list(c.notes)}
+                for c in plan.checkpoints
+            ],
+        },
+    )

@@ -1,0 +1,199 @@
+"""What a checkpoint makes of a base weight, and the change that is.
+
+Three kinds: a weight of its own (`Replaced`), the factors of a low-rank update (`Factors`), and
+anything else that is computed for one layer at a time (`Built`). Large work is cut into blocks of
+units, so that memory stays bounded; every number comes from `decomposition`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+from dora_dynamics import measurement
+from dora_dynamics.decomposition import (
+    UnitChange,
+    low_rank_change,
+    reduce_units,
+    weight_change,
+)
+from dora_dynamics.effective import Dense
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from dora_dynamics.checkpoints.stored import StoredTensor
+    from dora_dynamics.decomposition import Axis, WeightChange
+    from dora_dynamics.sites.site import Site
+
+_BLOCK_ELEMENTS: Final = 1 << 21
+"""Elements of a block: 16 MiB in float64, a few of which are alive at a time."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The checkpoint holds the whole weight."""
+
+    tensor: StoredTensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for it."""
+        return self.tensor.nbytes
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors it is made of."""
+        return (self.tensor,)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank update in the orientation (out, in), with DoRA's magnitude where it has one.
+
+    Attributes:
+        parts: the tensors that are read.
+        build: gives A of shape (rank, in) and B of shape (out, rank).
+        scaling: the factor on B A.
+        magnitude: gives m, one entry per unit of `magnitude_axis`; None for LoRA.
+        magnitude_axis: the axis m belongs to: "output" for PEFT, often "input" for LyCORIS.
+    """
+
+    parts: tuple[StoredTensor, ...]
+    build: Callable[[], tuple[Tensor, Tensor]]
+    scaling: float
+    magnitude: Callable[[], Tensor] | None = None
+    magnitude_axis: Axis = "output"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for it."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors it is made of."""
+        return self.parts
+
+
+@dataclass(frozen=True)
+class Built:
+    """A weight that a function computes from the base weight, one layer at a time.
+
+    Attributes:
+        parts: the tensors that are read.
+        build: from the base weight as stored, in float64, the effective one as stored.
+    """
+
+    parts: tuple[StoredTensor, ...]
+    build: Callable[[Tensor, Site], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for it."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors it is made of."""
+        return self.parts
+
+
+Update = Replaced | Factors | Built
+
+
+def change_of(site: Site, base: StoredTensor, update: Update, axis: Axis) -> WeightChange:
+    """The change from the base weight to what the checkpoint makes of it."""
+    with torch.no_grad():
+        if isinstance(update, Replaced):
+            return _replaced(site, base, update.tensor, axis)
+        weight = base.load()
+        if isinstance(update, Built):
+            after = update.build(weight.to(torch.float64), site)
+            return _in_blocks(site.oriented(weight), site.oriented(after), axis)
+        return _low_rank(site, weight, update, axis)
+
+
+def _replaced(site: Site, base: StoredTensor, other: StoredTensor, axis: Axis) -> WeightChange:
+    before, after = base.load(), other.load()
+    if before.shape != after.shape:
+        shared = min(len(before), len(after))
+        before, after = before[:shared], after[:shared]
+    if before.dtype == after.dtype:
+        return measurement.measure(site, before, Dense(after), axis)
+    return _in_blocks(site.oriented(before), site.oriented(after), axis)
+
+
+def _low_rank(site: Site, weight: Tensor, update: Factors, axis: Axis) -> WeightChange:
+    A, B = update.build()
+    m = update.magnitude() if update.magnitude is not None else None
+    own = site.oriented(weight)
+    if m is None or update.magnitude_axis == "output":
+        if m is None or axis == "output":
+            own_m = None if m is None else site.select(m)
+            return low_rank_change(
+                own, A, site.select(B), scaling=update.scaling, magnitude=own_m, axis=axis
+            )
+        ratio = _ratio(site.select(m), own, A, site.select(B), update.scaling)
+        return _scaled(own.T, site.select(B).T, A.T, update.scaling, ratio, axis)
+    matrix = site.matrix(weight)
+    if site.rows is None and axis == "input":
+        turned = low_rank_change(matrix.T, B.T, A.T, scaling=update.scaling, magnitude=m)
+        return reduce_units(turned.units, axis)
+    ratio = _ratio(m, matrix.T, B.T, A.T, update.scaling)
+    if axis == "output":
+        return _scaled(own, A, site.select(B), update.scaling, ratio, axis)
+    after = (own + update.scaling * (site.select(B).double() @ A.double())) * ratio
+    return _in_blocks(own, after, axis)
+
+
+def _ratio(m: Tensor, matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """DoRA's m over the norm of each row of matrix + scaling · B A; 0 where that is zero."""
+    norms = low_rank_change(matrix, A, B, scaling=scaling).units.magnitude_after
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
+    return m.to(torch.float64) * torch.from_numpy(inverse)
+
+
+def _scaled(
+    matrix: Tensor, A: Tensor, B: Tensor, scaling: float, ratio: Tensor, axis: Axis
+) -> WeightChange:
+    """The change of each row of `matrix`, where DoRA scales its columns by `ratio`."""
+    A64, B64 = A.to(torch.float64), B.to(torch.float64)
+    parts = []
+    for start, stop in _blocks(matrix):
+        before = matrix[start:stop].to(torch.float64)
+        after = (before + scaling * (B64[start:stop] @ A64)) * ratio
+        parts.append(weight_change(before, after).units)
+    return reduce_units(_joined(parts), axis)
+
+
+def _in_blocks(before: Tensor, after: Tensor, axis: Axis) -> WeightChange:
+    """`weight_change` of weights of different dtypes, both taken to float64 block by block."""
+    if axis == "input":
+        before, after = before.T, after.T
+    parts = [
+        weight_change(
+            before[start:stop].to(torch.float64), after[start:stop].to(torch.float64)
+        ).units
+        for start, stop in _blocks(before)
+    ]
+    return reduce_units(_joined(parts), axis)
+
+
+def _blocks(matrix: Tensor) -> list[tuple[int, int]]:
+    units = len(matrix)
+    rows = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    return [(start, min(start + rows, units)) for start in range(0, units, rows)]
+
+
+def _joined(parts: list[UnitChange]) -> UnitChange:
+    if len(parts) == 1:
+        return parts[0]
+    return UnitChange(
+        **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(UnitChange)}
+    )
