@@ -81,7 +81,11 @@ def load_units(path: StrPath, step: int) -> dict[str, UnitChange]:
     Raises:
         RunDirectoryError: the run kept none at that step.
     """
-    arrays = safetensors.numpy.load_file(_existing(_step_file(Path(path), "units", step)))
+    path = _existing(_step_file(Path(path), "units", step))
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise _unreadable(path, error) from error
     sites = dict.fromkeys(key.rpartition(".")[0] for key in arrays)
     return {
         site: UnitChange(**{name: _float64(arrays[f"{site}.{name}"]) for name in _UNIT_ARRAYS})
@@ -188,8 +192,15 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safetensors.safe_open(_existing(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    try:
+        with safetensors.safe_open(_existing(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> RunDirectoryError:
+    return RunDirectoryError(f"{path} cannot be read: {error}.")
 
 
 def _existing(path: Path) -> Path:
