@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dora_dynamics.run_directory import StrPath
     from dora_dynamics.sites import Site
 
-_SAME_MAGNITUDE = 1e-7
+_SAME_MAGNITUDE = 1e-6
 
 
 @dataclass(frozen=True)
