@@ -8,13 +8,20 @@ is one file a path; all give the same numbers:
 - `numba_path`: CPU, compiled; with the extra `fast`.
 - `triton_path`: NVIDIA and AMD GPUs, all weights in one launch; wherever torch ships Triton.
 - `sums.exact_tensors`: plain torch in float64, any other device; the definition.
-- `low_rank`: LoRA and DoRA from their factors, on any device.
+- `low_rank`: LoRA and DoRA from their factors, on any device; `triton_low_rank` on GPUs.
 """
 
 from __future__ import annotations
 
 from dora_dynamics._kernels.dispatch import dense_sums, dense_sums_of_all
-from dora_dynamics._kernels.low_rank import low_rank_sums
+from dora_dynamics._kernels.low_rank import LowRankUpdate, low_rank_sums, low_rank_sums_of_all
 from dora_dynamics._kernels.sums import UnitSums
 
-__all__ = ["UnitSums", "dense_sums", "dense_sums_of_all", "low_rank_sums"]
+__all__ = [
+    "LowRankUpdate",
+    "UnitSums",
+    "dense_sums",
+    "dense_sums_of_all",
+    "low_rank_sums",
+    "low_rank_sums_of_all",
+]

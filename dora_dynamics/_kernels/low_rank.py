@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -9,10 +12,31 @@ import torch
 from dora_dynamics._kernels.sums import UnitSums, ratio
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _BLOCK_ELEMENTS: Final = 1 << 17
 """Elements a CPU block holds: its float64 working set (4 MiB) stays in a core's cache."""
+_DEVICE_BLOCK: Final = 1 << 24
+"""On a GPU a block is as large as its float64 copy may be: 128 MiB."""
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """The change scaling · B A of W_0.
+
+    Attributes:
+        before: W_0, shape (units, features).
+        A: shape (rank, features).
+        B: shape (units, rank).
+        scaling: the factor on B A, alpha / rank in LoRA.
+    """
+
+    before: Tensor
+    A: Tensor
+    B: Tensor
+    scaling: float
 
 
 def low_rank_sums(before: Tensor, A: Tensor, B: Tensor, scaling: float) -> UnitSums:
@@ -27,15 +51,40 @@ def low_rank_sums(before: Tensor, A: Tensor, B: Tensor, scaling: float) -> UnitS
     The products of rank size are kept in float64: c = s² diag(B (A Aᵀ) Bᵀ) and
     e = s Σ (W_0 Aᵀ) ∘ B.
     """
-    A64, B64 = A.to(torch.float64), B.to(torch.float64)
-    rows = max(1, _BLOCK_ELEMENTS // before.shape[1])
+    return low_rank_sums_of_all([LowRankUpdate(before, A, B, scaling)])[0]
+
+
+def low_rank_sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
+    """`low_rank_sums` of many updates at once, in order.
+
+    Those on one GPU take one launch per dtype and rank and one transfer back.
+    """
+    sums: dict[int, UnitSums] = {}
+    with torch.no_grad():
+        for device in dict.fromkeys(update.before.device for update in updates):
+            here = [i for i, update in enumerate(updates) if update.before.device == device]
+            some = [updates[i] for i in here]
+            if device.type == "cuda" and find_spec("triton") is not None:
+                path = importlib.import_module("dora_dynamics._kernels.triton_low_rank")
+                found = path.sums_of_all(some)
+            else:
+                found = [plain_sums(update) for update in some]
+            sums.update(zip(here, found, strict=True))
+    return [sums[i] for i in range(len(updates))]
+
+
+def plain_sums(update: LowRankUpdate) -> UnitSums:
+    """The sums in plain torch and float64, on any device that has it."""
+    before, scaling = update.before, update.scaling
+    A, B = update.A.to(torch.float64), update.B.to(torch.float64)
+    elements = _BLOCK_ELEMENTS if before.device.type == "cpu" else _DEVICE_BLOCK
+    rows = max(1, elements // before.shape[1])
     a = torch.empty(before.shape[0], dtype=torch.float64, device=before.device)
     e = torch.empty_like(a)
     for start in range(0, before.shape[0], rows):
-        w = before[start : start + rows].to(torch.float64)
-        a[start : start + rows] = torch.einsum("nk,nk->n", w, w)
-        e[start : start + rows] = scaling * torch.einsum(
-            "nr,nr->n", w @ A64.T, B64[start : start + rows]
-        )
-    c = scaling**2 * torch.einsum("nr,rs,ns->n", B64, A64 @ A64.T, B64)
+        block = slice(start, start + rows)
+        w = before[block].to(torch.float64)
+        a[block] = torch.einsum("nk,nk->n", w, w)
+        e[block] = scaling * torch.einsum("nr,nr->n", w @ A.T, B[block])
+    c = scaling**2 * torch.einsum("nr,rs,ns->n", B, A @ A.T, B)
     return UnitSums(a, e, c, (c - ratio(e, a) * e).clamp_min(0.0))
