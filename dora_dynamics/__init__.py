@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from dora_dynamics.adapters import apply_dora as apply_dora
     from dora_dynamics.adapters import apply_lora as apply_lora
     from dora_dynamics.adapters import merge as merge
+    from dora_dynamics.baseline import capture_baseline as capture_baseline
     from dora_dynamics.decomposition import UnitChange as UnitChange
     from dora_dynamics.decomposition import WeightChange as WeightChange
     from dora_dynamics.decomposition import direction as direction
     from dora_dynamics.decomposition import low_rank_change as low_rank_change
     from dora_dynamics.decomposition import magnitude as magnitude
     from dora_dynamics.decomposition import weight_change as weight_change
+    from dora_dynamics.effective import effective_weight as effective_weight
+    from dora_dynamics.effective import register_dequantizer as register_dequantizer
+    from dora_dynamics.effective import register_effective_weight as register_effective_weight
     from dora_dynamics.recorder import Recorder as Recorder
     from dora_dynamics.run_directory import load_runs as load_runs
     from dora_dynamics.snapshots import load_units as load_units
@@ -35,13 +39,17 @@ _HOME = {
     "WeightChange": "decomposition",
     "apply_dora": "adapters",
     "apply_lora": "adapters",
+    "capture_baseline": "baseline",
     "coupling": "statistics",
     "direction": "decomposition",
+    "effective_weight": "effective",
     "load_runs": "run_directory",
     "load_units": "snapshots",
     "low_rank_change": "decomposition",
     "magnitude": "decomposition",
     "merge": "adapters",
+    "register_dequantizer": "effective",
+    "register_effective_weight": "effective",
     "remeasure": "snapshots",
     "select_checkpoints": "statistics",
     "weight_change": "decomposition",

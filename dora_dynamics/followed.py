@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
-
-from torch.nn.utils import parametrize
+from typing import TYPE_CHECKING
 
 from dora_dynamics.effective import (
-    Dense,
     EffectiveWeight,
+    base_weight,
     dense_weight,
     effective_weight,
+    is_merged,
     magnitude_parameter,
+    quantization_below,
     stored_parameter,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from torch import Tensor, nn
 
     from dora_dynamics.sites import Site
@@ -26,43 +27,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Followed:
-    """One tensor of a live model: the module that holds it and the name it has there.
-
-    A module's `weight` may carry an adapter, and is read as `effective` says. Any other parameter
-    (a bias, the experts of a layer) is what the module holds.
-    """
+    """One tensor of a live model: the module that holds it and the name it has there."""
 
     module: nn.Module
     parameter: str
 
     def stored(self) -> Tensor | None:
         """W_0 as the module holds it, None where it holds what computes it; not detached."""
-        if self.parameter == "weight":
-            return stored_parameter(self.module)
-        if parametrize.is_parametrized(self.module, self.parameter):
-            return None
-        return self._plain()
+        return stored_parameter(self.module, self.parameter)
+
+    def base(self) -> Tensor:
+        """What lies below any adapter at this moment, decoded where it is quantised; detached."""
+        return base_weight(self.module, self.parameter)
 
     def effective(self) -> EffectiveWeight:
         """What the module applies at this moment, by an adapter's factors where it has them."""
-        if self.parameter == "weight":
-            return effective_weight(self.module)
-        return Dense(self._plain().detach())
+        return effective_weight(self.module, self.parameter)
 
     def dense(self) -> Tensor:
         """What the module applies at this moment, as one tensor, detached."""
-        if self.parameter == "weight":
-            return dense_weight(self.module)
-        return self._plain().detach()
+        return dense_weight(self.module, self.parameter)
 
     def magnitude(self) -> Tensor | None:
         """The parameter whose weight decay shrinks the magnitude, None where that is not known."""
-        if self.parameter == "weight":
-            return magnitude_parameter(self.module)
-        return self.stored()
+        return magnitude_parameter(self.module, self.parameter)
 
-    def _plain(self) -> Tensor:
-        return cast("Tensor", getattr(self.module, self.parameter))
+    def shape(self) -> torch.Size | None:
+        """Shape of the tensor, None where only computing it would tell."""
+        stored = self.stored()
+        return None if stored is None else stored.shape
+
+    def is_merged(self) -> bool:
+        """Whether an adapter is merged into the weight below it."""
+        return is_merged(self.module)
+
+    def quantization(self) -> str | None:
+        """What the weight below any adapter is quantised as; None where it is not."""
+        return quantization_below(self.module) if self.parameter == "weight" else None
 
 
 def follow(model: nn.Module, sites: Iterable[Site]) -> dict[str, Followed]:

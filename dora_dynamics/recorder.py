@@ -11,14 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
 import torch
-from torch.nn.utils import parametrize
 
 from dora_dynamics import run_directory, snapshots
-from dora_dynamics.adapters import DoRA, adapter_of
+from dora_dynamics.baseline import Baselines, CapturedBaseline
 from dora_dynamics.decomposition import AXES, Axis
-from dora_dynamics.effective import Dense, EffectiveWeight
+from dora_dynamics.effective import method_of
 from dora_dynamics.followed import Followed, follow
-from dora_dynamics.measurement import measure_all
 from dora_dynamics.optimizers import StepDecay, settings, unwrapped, was_skipped
 from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
@@ -77,6 +75,7 @@ class Recorder:
         axis: Axis = "output",
         granularity: Granularity = "matrix",
         keep: Keep | Collection[Keep] = (),
+        baseline: StrPath | Mapping[str, Tensor] | CapturedBaseline | None = None,
         seed: int | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         overwrite: bool = False,
@@ -100,6 +99,9 @@ class Recorder:
                 value where they are fused in one; "head" takes one for each attention head.
             keep: "units" keeps per-unit arrays, "weights" the weights themselves, for each
                 recorded step; both need `run_dir`.
+            baseline: W_0: what `capture_baseline` returned before the adapter was applied, the
+                path or hub name of the pre-trained checkpoint, or a state dict. By default the
+                model's own weights, below any adapter that leaves them as they were.
             seed: the seed of this training, noted in `run.json`; nothing is seeded with it.
             hyperparameters: anything else to note in `run.json`, as JSON values.
             overwrite: replace a run that `run_dir` already holds.
@@ -109,8 +111,14 @@ class Recorder:
                 the model, so that it finds the baseline there; later it needs the one that
                 `keep="weights"` kept.
 
+        Warns:
+            UserWarning: the base weights are quantised and `baseline` is not given.
+
         Raises:
             TypeError: `hyperparameters` holds what JSON cannot say.
+            BaselineError: `baseline` lacks a followed weight, or is not given and a method rewrote
+                the base weights when it started (PiSSA, OLoRA and the like).
+            NoDenseWeightError: the model carries a PEFT method without effective weights.
             ValueError: a target matches nothing; `every`, `axis` or `keep` is not one of those
                 above; the model mixes adapters and `method` is not given.
             RunDirectoryError: `run_dir` already holds a run, or cannot be written.
@@ -129,10 +137,7 @@ class Recorder:
         self._wanted = schedule(every)
         self._keep = _kept(keep)
         run_directory.as_json(dict(hyperparameters or {}), "hyperparameters")
-        self._baseline: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = dict.fromkeys(self._followed, 0)
-        for name in self._followed:
-            self._take_baseline(name)
+        self._baseline = Baselines(model, self.sites, self._followed, baseline)
         self._decay = dict.fromkeys(self._followed, 0.0)
         self._rows: list[dict[str, object]] = []
         self._last_recorded: int | None = None
@@ -146,7 +151,7 @@ class Recorder:
             axis=axis,
             targets=[t.pattern if isinstance(t, re.Pattern) else t for t in targets],
             sites=[site.key for site in self.sites],
-            baseline="the model's own weights when the recorder was made",
+            baseline=self._baseline.description,
             model=_model_name(model),
             seed=seed,
             hyperparameters=dict(hyperparameters or {}),
@@ -173,8 +178,13 @@ class Recorder:
         if resume is not None:
             progress = read_progress(run_dir, resume, self.sites)
             progress.check(self.sites, self.axis)
-            self._baseline = choose_baseline(
-                progress, self.sites, self._baseline, lambda: snapshots.load_baseline(run_dir)
+            self._baseline.replace(
+                choose_baseline(
+                    progress,
+                    self.sites,
+                    self._baseline.weights,
+                    lambda: snapshots.load_baseline(run_dir),
+                )
             )
             self.step, self._rows = progress.step, progress.rows
             self._last_recorded, self._decay = progress.last_recorded, progress.total_decay
@@ -243,7 +253,8 @@ class Recorder:
         """
         optimizer = unwrapped(optimizer)
         self._followed = follow(self._model, self.sites)
-        self._settle_baselines(optimizer)
+        self._baseline.settle(self._followed)
+        self._check_trains(optimizer)
         self._settle_names()
         self._note_optimizer(optimizer)
         self._counts_steps = count_steps
@@ -261,6 +272,7 @@ class Recorder:
         self._hooks = []
         if record:
             self.record()
+            self._report_quantization()
 
     def advance_to(self, step: int) -> None:
         """Take over the step of a loop that counts by itself, and record it when it is due."""
@@ -275,10 +287,8 @@ class Recorder:
         """
         if self._last_recorded == self.step:
             return
-        effective = {name: self._effective(name) for name in self._followed}
-        changes = measure_all(
-            ((site, self._baseline[site.tensor], effective[site.tensor]) for site in self.sites),
-            self.axis,
+        changes, effective = self._baseline.measure(
+            self.sites, self.axis, keep="weights" in self._keep
         )
         rows = [
             trajectory_row(
@@ -295,7 +305,7 @@ class Recorder:
         if self._directory is not None:
             if "weights" in self._keep:
                 if self._last_recorded is None:
-                    snapshots.save_baseline(self._directory, self._by_site(self._baseline))
+                    snapshots.save_baseline(self._directory, self._by_site(self._baseline.weights))
                 snapshots.save_weights(self._directory, self.step, self._by_site(effective))
             if "units" in self._keep:
                 units = {
@@ -310,10 +320,7 @@ class Recorder:
         return {site: tensors[site.tensor] for site in self.sites}
 
     def _before_step(self, *_: object) -> None:
-        """Copy each baseline that is the live parameter, frozen until now, before it trains."""
-        for name, baseline in self._baseline.items():
-            if not _is_frozen(baseline):
-                self._baseline[name] = baseline.detach().clone()
+        self._baseline.before_step()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if was_skipped(optimizer):
@@ -324,44 +331,10 @@ class Recorder:
         if self._counts_steps:
             self.advance_to(self.step + 1)
 
-    def _effective(self, name: str) -> EffectiveWeight:
-        """The effective weight, by its factors only where the baseline is the very base below."""
-        followed, baseline = self._followed[name], self._baseline[name]
-        if baseline is followed.stored():
-            if baseline._version != self._versions[name]:
-                warnings.warn(
-                    f"the frozen weight of {name} was changed in place after the recorder "
-                    "was made; make the recorder after the weights are loaded.",
-                    stacklevel=2,
-                )
-                self._versions[name] = baseline._version
-            return followed.effective()
-        return Dense(followed.dense())
-
-    def _take_baseline(self, name: str) -> None:
-        followed = self._followed[name]
-        parameter = followed.stored()
-        if parameter is None:
-            self._baseline[name] = followed.dense().clone()
-        elif _is_frozen(parameter):
-            self._baseline[name] = parameter
-            self._versions[name] = parameter._version
-        else:
-            self._baseline[name] = parameter.detach().clone()
-
-    def _settle_baselines(self, optimizer: Optimizer) -> None:
-        """Adapt to what happened since: adapters applied, the model moved to another device."""
+    def _check_trains(self, optimizer: Optimizer) -> None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        follows_something = False
-        for name, followed in self._followed.items():
-            parameter, baseline = followed.stored(), self._baseline[name]
-            if parameter is not None and baseline is not parameter:
-                baseline = self._baseline[name] = baseline.to(parameter.device)
-                if _is_frozen(parameter) and torch.equal(baseline, parameter):
-                    self._baseline[name] = parameter
-                    self._versions[name] = parameter._version
-            follows_something |= any(id(p) in trained for p in followed.module.parameters())
-        if not follows_something:
+        modules = (followed.module for followed in self._followed.values())
+        if not any(id(p) in trained for module in modules for p in module.parameters()):
             warnings.warn(
                 "the optimizer trains no parameter of the followed weights: make it after the "
                 "adapters are applied, and check requires_grad.",
@@ -384,14 +357,17 @@ class Recorder:
         self._info.hyperparameters.update(settings(optimizer))
         self._write_info()
 
+    def _report_quantization(self) -> None:
+        report = self._baseline.quantization_report()
+        if report is not None:
+            report = f"{report} at step {self.step}"
+            self._info = replace(self._info, baseline=f"{self._baseline.description}; {report}")
+            self._write_info()
+            warnings.warn(f"{report}, and is part of what is measured.", stacklevel=4)
+
     def _write_info(self) -> None:
         if self._directory is not None:
             run_directory.write_info(self._directory, self._info)
-
-
-def _is_frozen(parameter: Tensor) -> bool:
-    """Whether no optimizer will change it: they step over parameters without a gradient."""
-    return not parameter.requires_grad and parameter.grad is None
 
 
 def _kept(keep: Keep | Collection[Keep]) -> frozenset[str]:
@@ -403,16 +379,11 @@ def _kept(keep: Keep | Collection[Keep]) -> frozenset[str]:
 
 
 def _method_of(followed: Mapping[str, Followed]) -> str:
-    found = set()
-    for module in (tensor.module for tensor in followed.values()):
-        adapter = adapter_of(module)
-        if adapter is not None:
-            found.add("DoRA" if isinstance(adapter, DoRA) else "LoRA")
-        else:
-            found.add("" if parametrize.is_parametrized(module) else "FT")
-    if len(found) > 1 or "" in found:
+    found = {method_of(tensor.module) for tensor in followed.values()}
+    (method,) = found if len(found) == 1 else (None,)
+    if method is None:
         raise ValueError("the followed weights do not share one known method: pass method=.")
-    return found.pop()
+    return method
 
 
 def _model_name(model: nn.Module) -> str:

@@ -358,7 +358,7 @@ class TestBaseline:
                 for module in model.modules()
                 if adapter_of(module) is not None
             }
-            held = {weight.data_ptr() for weight in recorder._baseline.values()}
+            held = {weight.data_ptr() for weight in recorder._baseline.weights.values()}
         assert len(frozen) == 4
         assert held == frozen
         assert recorder.trajectory.query("step == 3")["delta_direction"].min() > 0

@@ -6,10 +6,13 @@ from dora_dynamics.effective.quantized import dequantized as dequantized
 from dora_dynamics.effective.quantized import is_quantized as is_quantized
 from dora_dynamics.effective.quantized import quantization_of as quantization_of
 from dora_dynamics.effective.quantized import register_dequantizer as register_dequantizer
+from dora_dynamics.effective.reading import base_weight as base_weight
 from dora_dynamics.effective.reading import dense_weight as dense_weight
 from dora_dynamics.effective.reading import effective_weight as effective_weight
+from dora_dynamics.effective.reading import is_merged as is_merged
 from dora_dynamics.effective.reading import magnitude_parameter as magnitude_parameter
 from dora_dynamics.effective.reading import method_of as method_of
+from dora_dynamics.effective.reading import quantization_below as quantization_below
 from dora_dynamics.effective.reading import stored_parameter as stored_parameter
 from dora_dynamics.effective.registry import (
     register_effective_weight as register_effective_weight,

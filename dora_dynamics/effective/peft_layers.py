@@ -17,7 +17,6 @@ from torch import nn
 
 from dora_dynamics.effective.private_copy import private_copy, undisturbed
 from dora_dynamics.effective.probe import close, probed_weight, sample_input
-from dora_dynamics.effective.quantized import is_quantized
 from dora_dynamics.effective.weights import Dense, EffectiveWeight, LowRank, NoDenseWeightError
 
 if TYPE_CHECKING:
@@ -52,6 +51,10 @@ _NAMES: Final = {
     "trainable_tokens": "trainable tokens", "unilora": "UniLoRA", "vblora": "VB-LoRA",
     "vera": "VeRA", "waveft": "WaveFT", "xlora": "X-LoRA", "adaption_prompt": "adaption prompt",
 }  # fmt: skip
+_REWRITES: Final = {
+    "pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA",
+}  # fmt: skip
+"""Values of `init_lora_weights` that change the base weight, by their beginning."""
 _FACTORED: Final = frozenset({"_ConvNd", "MultiheadAttention", "ParamWrapper", "SVDLinear"})
 """LoRA layers whose update is not `lora_B.weight @ lora_A.weight` of two linear layers."""
 
@@ -90,7 +93,7 @@ def is_tuner_layer(module: nn.Module) -> bool:
 
 def is_merged(module: nn.Module) -> bool:
     """Whether the base weight below an adapter layer holds the adapter too."""
-    return any(bool(cast("Any", layer).merged_adapters) for layer in _chain(module))
+    return any(bool(cast("Any", layer).merged_adapters) for layer in _chain(resolved(module)))
 
 
 def method_name(module: nn.Module) -> str:
@@ -172,6 +175,26 @@ def refuse_model(model: nn.Module) -> None:
                 _refuse(package.replace("_", " "), _PROMPT_REASON)
 
 
+def rewriting_method(model: nn.Module, module: nn.Module) -> str | None:
+    """The method on `module` that changed the base weight when it started; None if none did.
+
+    Told by the PEFT configuration that the model carries; KaSA also by the layer.
+    """
+    for layer in _chain(resolved(module)):
+        held = set(cast("Any", layer)._get_available_adapters())
+        variants = getattr(layer, "lora_variant", {})
+        if any(type(variant).__name__ == "KasaLinearVariant" for variant in variants.values()):
+            return "KaSA"
+        for adapters in configurations(model):
+            for adapter, config in adapters.items():
+                start = getattr(config, "init_lora_weights", None)
+                if adapter in held and isinstance(start, str):
+                    for prefix, name in _REWRITES.items():
+                        if start.startswith(prefix):
+                            return name
+    return None
+
+
 def configurations(model: nn.Module) -> Iterator[dict[str, Any]]:
     """The PEFT configurations that a model or the models inside it carry."""
     for module in model.modules():
@@ -192,9 +215,7 @@ def _computed(layer: nn.Module, parameter: str) -> tuple[Tensor, str]:
         sample = sample_input(leaf, shape, device)
         expected = None if sample is None else _answer(copy, sample)
         merged = _merged(copy, parameter)
-        if merged is not None and (
-            sample is None or expected is None or _agrees(merged[1], sample, expected)
-        ):
+        if merged is not None and (expected is None or _agrees(merged[1], sample, expected)):
             return merged[0], "merge on a copy"
         if parameter != "weight":
             raise NoDenseWeightError(
@@ -211,8 +232,8 @@ def _answer(copy: nn.Module, sample: Tensor) -> Tensor | None:
         return None
 
 
-def _agrees(leaf: nn.Module, sample: Tensor, expected: Tensor) -> bool:
-    answer = _answer(leaf, sample)
+def _agrees(leaf: nn.Module, sample: Tensor | None, expected: Tensor) -> bool:
+    answer = None if sample is None else _answer(leaf, sample)
     return answer is not None and close(answer, expected)
 
 
@@ -297,11 +318,6 @@ def _chain(layer: nn.Module) -> Iterator[nn.Module]:
     while is_tuner_layer(layer):
         yield layer
         layer = cast("nn.Module", layer.base_layer)
-
-
-def base_quantized(layer: nn.Module) -> bool:
-    """Whether what lies below a tuner layer is quantised."""
-    return is_quantized(original(layer))
 
 
 def _package(module: nn.Module) -> str:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-CLOSE: Final = 1e-8
-"""Two float64 evaluations of one layer differ by less than this, relative to the largest value."""
+CLOSE: Final = 1e-7
+"""Two evaluations of one layer differ by less than this, relative to the largest value: some
+tuners compute in fp32 whatever they are given."""
 _AFFINE: Final = 1e-5
 """What is affine deviates by less than this, also where it computes in fp32 inside."""
 _CHUNK: Final = 1024
@@ -93,9 +94,15 @@ def probed_weight(copy: nn.Module, leaf: nn.Module, shape: torch.Size, kind: str
 
 
 def close(value: Tensor, expected: Tensor, tolerance: float = CLOSE) -> bool:
-    """Whether two outputs agree, relative to the largest of the expected ones."""
+    """Whether two outputs agree, relative to the largest of the expected ones.
+
+    Outputs that are not finite agree where both are not: such a weight is to be reported, and not
+    to be refused.
+    """
     if value.shape != expected.shape:
         return False
+    if not expected.isfinite().all():
+        return not bool(value.isfinite().all())
     error = (value - expected).abs().max()
     return bool(error <= tolerance * expected.abs().max().clamp_min(1e-30))
 

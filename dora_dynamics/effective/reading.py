@@ -12,7 +12,7 @@ from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
 from dora_dynamics.effective import peft_layers
 from dora_dynamics.effective.private_copy import private_copy, undisturbed
 from dora_dynamics.effective.probe import close, probed_weight, sample_input
-from dora_dynamics.effective.quantized import dequantized, is_quantized
+from dora_dynamics.effective.quantized import dequantized, is_quantized, quantization_of
 from dora_dynamics.effective.registry import registered_function
 from dora_dynamics.effective.weights import Dense, EffectiveWeight, LowRank, NoDenseWeightError
 
@@ -108,6 +108,30 @@ def stored_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | N
         return None
     stored = base._parameters.get(parameter)
     return base._buffers.get(parameter) if stored is None else stored
+
+
+def base_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
+    """What lies below any adapter, detached, decoded where it is quantised.
+
+    Where the module does not tell an adapter from what it adapts (a parametrization, a module of
+    a user's own) that is the effective weight.
+    """
+    stored = stored_parameter(module, parameter)
+    if stored is not None:
+        return stored.detach()
+    base = peft_layers.original(module)
+    return dense_weight(module if base is module else base, parameter)
+
+
+def is_merged(module: nn.Module) -> bool:
+    """Whether a PEFT adapter is merged into the weight below it."""
+    return peft_layers.is_merged(module)
+
+
+def quantization_below(module: nn.Module) -> str | None:
+    """What the weight below any adapter is quantised as; None where it is not."""
+    base = peft_layers.original(module)
+    return quantization_of(base) if is_quantized(base) else None
 
 
 def magnitude_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | None:

@@ -1,0 +1,371 @@
+"""The right W_0: the pre-trained weights, from before anything was put on them or trained.
+
+Three ways lead there. Taken from the model, where the weight below an adapter is still what it
+was; captured before the adapter is applied; or read, weight by weight, from the pre-trained
+checkpoint. Some methods rewrite the base weight when they start (PiSSA and OLoRA move its leading
+part into their factors): what lies below their adapter is not W_0, and is refused as that.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from dora_dynamics.effective import Dense, EffectiveWeight
+from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
+from dora_dynamics.followed import Followed, follow
+from dora_dynamics.measurement import measure_all
+from dora_dynamics.sites import find_sites
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor, nn
+
+    from dora_dynamics.decomposition import Axis, WeightChange
+    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.sites import Granularity, Site
+
+
+class BaselineError(ValueError):
+    """W_0 is not to be had that way; the message says how it is."""
+
+
+@dataclass(frozen=True)
+class CapturedBaseline:
+    """Pre-trained weights taken from a model before an adapter was applied.
+
+    Attributes:
+        weights: copies of the weights, by their names in the model's state dict.
+        model: class of the model they were taken from.
+    """
+
+    weights: Mapping[str, Tensor]
+    model: str
+
+
+def capture_baseline(
+    model: nn.Module,
+    targets: Sequence[str | re.Pattern[str]],
+    granularity: Granularity = "matrix",
+) -> CapturedBaseline:
+    """Copy the weights that `targets` selects, to be a recorder's baseline later.
+
+    Call it before the adapter is applied:
+
+        >>> baseline = dd.capture_baseline(model, ["query", "value"])
+        >>> model = peft.get_peft_model(model, LoraConfig(init_lora_weights="pissa"))
+        >>> recorder = dd.Recorder(model, ["query", "value"], baseline=baseline)
+
+    The copies are on the CPU; what is equal to a frozen weight of the model is let go of once the
+    recorder is attached.
+
+    Args:
+        model: the pre-trained model.
+        targets: as `Recorder` takes them.
+        granularity: as `Recorder` takes it.
+
+    Raises:
+        BaselineError: the model already carries an adapter that rewrote its base weights.
+        NoSiteMatchesError: a target matches nothing.
+    """
+    sites = find_sites(model, targets, granularity)
+    followed = follow(model, sites)
+    refuse_rewritten(model, followed)
+    names = _names(sites)
+    weights = {
+        names[tensor]: where.base().detach().to("cpu", copy=True)
+        for tensor, where in followed.items()
+    }
+    return CapturedBaseline(weights, type(model).__name__)
+
+
+def refuse_rewritten(model: nn.Module, followed: Mapping[str, Followed]) -> None:
+    """Refuse to take W_0 from below an adapter that rewrote it, or that is merged into it.
+
+    Raises:
+        BaselineError: with the way out.
+    """
+    way_out = (
+        "give the weights from before: baseline=dora_dynamics.capture_baseline(model, targets), "
+        "called before the adapter is applied, or baseline= the pre-trained checkpoint."
+    )
+    for name, where in followed.items():
+        method = rewriting_method(model, where.module)
+        if method is not None:
+            raise BaselineError(
+                f"{method} rewrote the base weight of {name} when it started, so that what lies "
+                f"below the adapter is not W_0; {way_out}"
+            )
+        if where.is_merged():
+            raise BaselineError(
+                f"the adapter of {name} is merged into its base weight, which is no longer W_0; "
+                f"unmerge it first, or {way_out}"
+            )
+
+
+class Baselines:
+    """W_0 of every followed tensor, and what is measured against it.
+
+    A frozen weight of the model is not copied: while it is W_0, LoRA and DoRA are measured by
+    their factors alone.
+
+    Attributes:
+        weights: W_0 by `Site.tensor`, as the module stores it.
+        description: what W_0 is and where it came from, for `run.json`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        followed: Mapping[str, Followed],
+        source: StrPath | Mapping[str, Tensor] | CapturedBaseline | None = None,
+    ) -> None:
+        """Take W_0 from `source`, or from the model as it is.
+
+        Raises:
+            BaselineError: the source lacks a weight or holds one of another shape, or the model's
+                own base weights are not W_0.
+            CheckpointError: the checkpoint cannot be read.
+            NoDenseWeightError: a followed module has no dense weight.
+        """
+        refuse_model(model)
+        self._followed = followed
+        self._versions: dict[str, int] = {}
+        self._shared: set[str] = set()
+        self._quantized = {n: k for n, where in followed.items() if (k := where.quantization())}
+        if source is None:
+            refuse_rewritten(model, followed)
+            self.description = "the model's own weights when the recorder was made"
+            self.weights = {name: self._own(name) for name in followed}
+        else:
+            given, self.description = _given(source, _names(sites))
+            self.weights = {name: given[name].detach() for name in followed}
+            self._check_shapes()
+        self._given = source is not None
+        if self._quantized:
+            self._note_quantization()
+
+    def settle(self, followed: Mapping[str, Followed]) -> None:
+        """Adapt to what happened since: adapters applied, the model moved or its dtype changed.
+
+        Args:
+            followed: where the tensors live now.
+        """
+        self._followed = followed
+        for name, where in followed.items():
+            stored, weight = where.stored(), self.weights[name]
+            if stored is None or weight is stored:
+                continue
+            self._shared.discard(name)
+            weight = weight.to(stored.device)
+            if weight.dtype.itemsize > stored.dtype.itemsize or (
+                weight.dtype.itemsize == stored.dtype.itemsize and weight.dtype != stored.dtype
+            ):
+                weight = weight.to(stored.dtype)  # as the model did when it was loaded
+            self.weights[name] = weight
+            if _is_frozen(stored) and weight.dtype == stored.dtype and torch.equal(weight, stored):
+                self._share(name, stored)
+
+    def replace(self, weights: Mapping[str, Tensor]) -> None:
+        """Take W_0 from these tensors, by `Site.tensor`, where they are not the present ones."""
+        for name, weight in weights.items():
+            if weight is not self.weights[name]:
+                self.weights[name] = weight
+                self._shared.discard(name)
+
+    def before_step(self) -> None:
+        """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
+        for name in list(self._shared):
+            if not _is_frozen(self.weights[name]):
+                self.weights[name] = self.weights[name].detach().clone()
+                self._shared.discard(name)
+
+    def pair(self, name: str) -> tuple[Tensor, EffectiveWeight]:
+        """W_0 and the effective weight of a tensor at this moment, fit to be compared.
+
+        By its factors only where W_0 is the very base below them.
+
+        Raises:
+            BaselineError: the base weight that was W_0 has been merged into, or replaced.
+        """
+        where, weight = self._followed[name], self.weights[name]
+        if name in self._shared:
+            self._check_unchanged(name)
+        if name in self._shared:
+            return weight, where.effective()
+        if name in self._quantized and not self._given:
+            effective = where.effective()
+            if not isinstance(effective, Dense):
+                return weight, effective
+        now = where.dense()
+        common = torch.promote_types(weight.dtype, now.dtype)
+        return weight.to(now.device, common), Dense(now.to(common))
+
+    def measure(
+        self, sites: Sequence[Site], axis: Axis, *, keep: bool = False
+    ) -> tuple[list[WeightChange], dict[str, EffectiveWeight]]:
+        """The change at every site, and the effective weights by `Site.tensor` where they are kept.
+
+        Weights that must be computed in full are measured one by one, so that only one of them is
+        in memory; all others together.
+        """
+        changes: dict[Site, WeightChange] = {}
+        kept: dict[str, EffectiveWeight] = {}
+        together: list[tuple[Site, Tensor, EffectiveWeight]] = []
+        for name in self._followed:
+            shared = name in self._shared
+            weight, effective = self.pair(name)
+            triples = [(site, weight, effective) for site in sites if site.tensor == name]
+            if shared or self._followed[name].stored() is not None:
+                together.extend(triples)
+            else:
+                alone = measure_all(triples, axis)
+                changes.update((t[0], change) for t, change in zip(triples, alone, strict=True))
+            if keep:
+                kept[name] = effective
+        measured = measure_all(together, axis)
+        changes.update((t[0], change) for t, change in zip(together, measured, strict=True))
+        return [changes[site] for site in sites], kept
+
+    def quantization_report(self) -> str | None:
+        """How the quantisation error of the base compares with the update; None if not known.
+
+        Known where W_0 was given: the error is the base's distance from it, the update is how far
+        the effective weight is from the base. The median over the quantised tensors.
+        """
+        if not self._given or not self._quantized:
+            return None
+        ratios = []
+        for name in self._quantized:
+            where = self._followed[name]
+            base, now = where.base().to(torch.float64), where.dense().to(torch.float64)
+            error = torch.linalg.vector_norm(base - self.weights[name].to(base))
+            ratios.append(error / torch.linalg.vector_norm(now - base))
+        ratio = float(torch.stack(ratios).median())
+        return f"the quantisation error of the base weights is {ratio:.2g} times the update"
+
+    def _own(self, name: str) -> Tensor:
+        where = self._followed[name]
+        stored = where.stored()
+        if stored is None:
+            return where.base().clone()
+        if not _is_frozen(stored):
+            return stored.detach().clone()
+        self._share(name, stored)
+        return stored
+
+    def _share(self, name: str, stored: Tensor) -> None:
+        self._shared.add(name)
+        self._versions[name] = stored._version
+        if hasattr(self, "weights"):
+            self.weights[name] = stored
+
+    def _check_unchanged(self, name: str) -> None:
+        if self._followed[name].is_merged():
+            raise BaselineError(
+                f"the adapter of {name} has been merged into its base weight, which was W_0: "
+                "unmerge it before a recorded step, or make the recorder with "
+                "baseline=dora_dynamics.capture_baseline(model, targets)."
+            )
+        weight = self.weights[name]
+        if self._followed[name].stored() is not weight:
+            self._shared.discard(name)  # it has a new weight, and the old one is still W_0
+        elif weight._version != self._versions[name]:
+            warnings.warn(
+                f"the frozen weight of {name} was changed in place after the recorder "
+                "was made; make the recorder after the weights are loaded.",
+                stacklevel=5,
+            )
+            self._versions[name] = weight._version
+
+    def _check_shapes(self) -> None:
+        for name, weight in self.weights.items():
+            expected = self._followed[name].shape()
+            if expected is not None and weight.shape != expected:
+                raise BaselineError(
+                    f"the baseline's {name} has the shape {tuple(weight.shape)} and the model's "
+                    f"{tuple(expected)}: give the checkpoint this model was made from."
+                )
+
+    def _note_quantization(self) -> None:
+        kinds = ", ".join(sorted(set(self._quantized.values())))
+        if self._given:
+            self.description += f"; the model's own base weights are quantised ({kinds})"
+            return
+        self.description += f", dequantised ({kinds})"
+        warnings.warn(
+            f"the base weights are quantised ({kinds}): changes are measured from their "
+            "dequantised values, and the quantisation error, which can be many times the update, "
+            "is not known; baseline= the 16-bit checkpoint measures from that, and tells.",
+            stacklevel=4,
+        )
+
+
+def _given(
+    source: StrPath | Mapping[str, Tensor] | CapturedBaseline, names: Mapping[str, str]
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a source by `Site.tensor`, and what it is in words."""
+    from dora_dynamics.checkpoints.naming import align, plain_names
+
+    loads: dict[str, Callable[[], Tensor]]
+    if isinstance(source, CapturedBaseline):
+        where = "the captured baseline"
+        description = f"captured from the {source.model} before the adapter was applied"
+        loads = {name: partial(_itself, tensor) for name, tensor in source.weights.items()}
+    elif isinstance(source, Mapping):
+        where, description = "the baseline's state dict", "a state dict that was given"
+        loads = {name: partial(_itself, tensor) for name, tensor in source.items()}
+    elif isinstance(source, (str, os.PathLike)):
+        from dora_dynamics.checkpoints.discover import locate
+        from dora_dynamics.checkpoints.opening import open_checkpoint
+
+        where = os.fspath(source)
+        contents = open_checkpoint(locate(source))
+        if contents.kind != "weights":
+            raise BaselineError(
+                f"{where} is an adapter: the baseline is the pre-trained checkpoint below it."
+            )
+        description = f"the checkpoint {where}"
+        loads = {name: tensor.load for name, tensor in contents.tensors.items()}
+    else:
+        raise TypeError(
+            "baseline must be a path, a state dict or what capture_baseline returned, not "
+            f"{type(source).__name__}."
+        )
+    plain = plain_names(loads, where)
+    pairs = align(dict.fromkeys(names.values()), plain, where).pairs
+    missing = sorted(set(names.values()) - set(pairs))
+    if missing:
+        raise BaselineError(
+            f"{where} holds no {missing[0]!r}"
+            + (f" (nor {len(missing) - 1} others)" if len(missing) > 1 else "")
+            + ": give the baseline of this very model, captured with these targets."
+        )
+    found = {tensor: loads[plain[pairs[name]]]() for tensor, name in names.items()}
+    return found, description
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _names(sites: Iterable[Site]) -> dict[str, str]:
+    """`Site.tensor` → the tensor's name in a state dict."""
+    return {
+        site.tensor: f"{site.tensor}.weight" if site.parameter == "weight" else site.tensor
+        for site in sites
+    }
+
+
+def _is_frozen(parameter: Tensor) -> bool:
+    """Whether no optimizer will change it: they step over parameters without a gradient."""
+    return not parameter.requires_grad and parameter.grad is None
