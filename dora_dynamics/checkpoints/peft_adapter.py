@@ -59,6 +59,11 @@ def read_peft_adapter(contents: Contents, base: Mapping[str, StoredTensor]) -> A
     for key, reason in _NOT_A_WEIGHT.items():
         if config.get(key):
             raise CheckpointError(f"{where} has no weight of its own: {reason}; {MERGE}.")
+    if kind not in LAYERWISE and kind != "LN_TUNING":
+        raise CheckpointError(
+            f"{where} is of the kind {kind or 'that its adapter_config.json leaves out'}, whose "
+            f"weights its files alone do not give: {MERGE}, if PEFT can merge it."
+        )
     found = _sorted_out(contents, base)
     if not found.layers and not found.saved:
         raise CheckpointError(
@@ -68,8 +73,12 @@ def read_peft_adapter(contents: Contents, base: Mapping[str, StoredTensor]) -> A
         )
     updates: dict[str, Update]
     unmatched = list(found.unmatched)
-    if kind == "LORA" and not any(config.get(key) for key in _OTHER_FORMULA):
+    if kind == "LORA":
         _refuse_changed_base(contents)
+    if kind == "LN_TUNING":
+        updates = _norms(found)
+        method = "LN tuning"
+    elif kind == "LORA" and not any(config.get(key) for key in _OTHER_FORMULA):
         updates = {
             f"{module}.weight": _lora(
                 found.paths[module], parts, contents, base[f"{module}.weight"]
@@ -85,14 +94,18 @@ def read_peft_adapter(contents: Contents, base: Mapping[str, StoredTensor]) -> A
     return Adapted(updates, method, unmatched, [])
 
 
+def _norms(found: _Found) -> dict[str, Update]:
+    """LN tuning keeps the norms' own weights and biases, whole."""
+    return {
+        f"{module}.{part.rpartition('.')[2]}": Replaced(tensor)
+        for module, parts in found.layers.items()
+        for part, tensor in parts.items()
+    }
+
+
 def _built(
     kind: str, found: _Found, contents: Contents, base: Mapping[str, StoredTensor]
 ) -> dict[str, Update]:
-    if kind not in LAYERWISE:
-        raise CheckpointError(
-            f"{contents.path} is of the kind {kind or 'that its adapter_config.json leaves out'}, "
-            f"whose weights its files alone do not give: {MERGE}."
-        )
     need_peft(contents)
     shapes = [base[f"{module}.weight"].shape for module in found.layers]
     largest = (max((s[-1] for s in shapes), default=1), max((s[0] for s in shapes), default=1))

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from dora_dynamics.checkpoints.stored import Contents, StoredTensor
     from dora_dynamics.sites import Site
 
-LAYERWISE: Final = frozenset({"LORA"})
+LAYERWISE: Final = frozenset(
+    {
+        "ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3",
+        "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PVERA", "RANDLORA", "ROAD",
+        "SHIRA", "SUPERTUNING", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
+    }
+)  # fmt: skip
 """Tuners for which one layer, built alone, merges to what it merges to in its model."""
 
 _SHARED_SIZES: Final = frozenset({"VERA", "RANDLORA", "PVERA"})
@@ -99,12 +105,9 @@ class LayerRecipe:
             if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.to(torch.float64)
         state = {name: t.load() for name, t in {**self.shared, **self.names}.items()}
+        expected = peft.get_peft_model_state_dict(model)
+        missing = [name for name in expected if name not in state and _LARGEST not in name]
         result: Any = peft.set_peft_model_state_dict(model, state)
-        missing = [
-            name
-            for name in result.missing_keys
-            if "base_layer" not in name and _LARGEST not in name and self.path in name
-        ]
         if missing or result.unexpected_keys:
             wrong = (missing or result.unexpected_keys)[0]
             raise CheckpointError(

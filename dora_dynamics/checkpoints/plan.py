@@ -18,12 +18,13 @@ from dora_dynamics.checkpoints.lora_file import Adapted, read_lora_file
 from dora_dynamics.checkpoints.naming import align, plain_names
 from dora_dynamics.checkpoints.opening import open_checkpoint, step_of
 from dora_dynamics.checkpoints.peft_adapter import named_base, read_peft_adapter
-from dora_dynamics.checkpoints.updates import Replaced, Update
+from dora_dynamics.checkpoints.updates import Built, Replaced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dora_dynamics.checkpoints.stored import Contents, StoredTensor
+    from dora_dynamics.checkpoints.updates import Update
     from dora_dynamics.sites import Granularity, Site
     from dora_dynamics.sites.select import Target
 
@@ -161,7 +162,8 @@ def read_updates(
         if tensor_name(site) in adapted.updates
     }
     for site, update in updates.items():
-        _check_dtypes(path, site, (base.tensors[tensor_name(site)], *update.stored))
+        own = () if isinstance(update, Built) else update.stored
+        _check_dtypes(path, site, (base.tensors[tensor_name(site)], *own))
     return updates, adapted
 
 
@@ -209,7 +211,7 @@ def _check_dtypes(path: Path, site: Site, tensors: Sequence[StoredTensor]) -> No
         if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2:
             continue
         if len(tensor.shape) <= 1 and not tensor.dtype.is_floating_point:
-            continue  # an index or a count of the adapter
+            continue  # an alpha may be a whole number
         raise CheckpointError(
             f"{path}: {site.name} is stored as {_short(tensor)}: save it dequantised, in 16 bits "
             "or more."
@@ -263,7 +265,9 @@ def _targets(base: Base, first: Contents, options: Options) -> list[Target]:
         return ["*"]
     read = read_peft_adapter if first.kind == "peft" else read_lora_file
     adapted = read(first, base.tensors)
-    return [name.removesuffix(".weight") for name in base.tensors if name in adapted.updates]
+    names = [name for name in base.tensors if name in adapted.updates]
+    matrices = [name for name in names if len(base.tensors[name].shape) > 1]
+    return [name.removesuffix(".weight") for name in matrices or names]
 
 
 def _base_of(paths: Sequence[Path]) -> Path:
