@@ -46,9 +46,11 @@ class LoRA(nn.Module):
         self.scaling = alpha / rank
         self.stored_transposed = stored_transposed
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(weight.new_empty(rank, in_features, dtype=dtype))
+        where = weight.device if generator is None else generator.device
+        start = torch.empty(rank, in_features, dtype=dtype, device=where)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        self.lora_A = nn.Parameter(start.to(weight.device))
         self.lora_B = nn.Parameter(weight.new_zeros(out_features, rank, dtype=dtype))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, stored as `weight` is."""
@@ -122,7 +124,8 @@ def apply_lora(
         targets: roles, module names, globs or patterns, as in `sites.find_sites`.
         rank: columns of B and rows of A.
         alpha: the update is scaled by alpha / rank.
-        generator: source of randomness for A, on the weights' device; the global one if None.
+        generator: source of randomness for A, on any device: one on the CPU gives the same
+            start wherever the model is; the global one of the weights' device if None.
 
     Returns:
         The sites that carry an adapter now.
@@ -152,7 +155,8 @@ def apply_dora(
         alpha: the low-rank update is scaled by alpha / rank.
         detach_norm: treat the norm as a constant in the backward pass (Eq. 11), as PEFT does and
             the paper recommends; False gives the exact gradient (Eq. 6).
-        generator: source of randomness for A, on the weights' device; the global one if None.
+        generator: source of randomness for A, on any device: one on the CPU gives the same
+            start wherever the model is; the global one of the weights' device if None.
 
     Returns:
         The sites that carry an adapter now. All other parameters are frozen, as in `apply_lora`.

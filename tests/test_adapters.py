@@ -286,15 +286,18 @@ class TestApply:
         dd.merge(model)
         assert weight_of(model, "0").dtype == dtype
 
-    def test_generator_decides_the_start(self, method: str, tiny_transformer: Build) -> None:
-        def start(seed: int) -> torch.Tensor:
-            model = tiny_transformer()
+    def test_generator_decides_the_start_on_every_device(
+        self, method: str, tiny_transformer: Build, device: str
+    ) -> None:
+        def start(seed: int, device: str = device) -> torch.Tensor:
+            model = tiny_transformer().to(device)
             state = torch.get_rng_state()
             APPLY[method](model, ["query"], generator=torch.Generator().manual_seed(seed))
             assert torch.equal(torch.get_rng_state(), state)
             return adapters(model)["layers.0.query"].lora_A.detach()
 
-        assert torch.equal(start(3), start(3))
+        assert start(3).device.type == device
+        assert torch.equal(start(3).cpu(), start(3, "cpu"))
         assert not torch.equal(start(3), start(4))
 
     def test_second_application_leaves_the_first_one_training(
