@@ -7,8 +7,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from dora_dynamics.decomposition import UnitChange, low_rank_change, reduce_units, weight_change
+from dora_dynamics._kernels import LowRankUpdate, dense_sums_of_all, low_rank_sums_of_all
+from dora_dynamics.decomposition import (
+    UnitChange,
+    _rescale,
+    low_rank_change,
+    reduce_units,
+    unit_change,
+    weight_change,
+)
 from dora_dynamics.effective import Dense
 
 if TYPE_CHECKING:
@@ -41,20 +50,88 @@ def measure_all(
 ) -> list[WeightChange]:
     """`measure` for many sites at once: (site, baseline, effective weight) of each, in order.
 
-    Sites that are parts or heads of one matrix and follow each other are measured in one reading
-    of it: each unit is measured by itself, so that the units of a part are those of the whole.
+    All weights of one device are measured together: on a GPU in one launch per dtype and layout
+    and one transfer back. Sites that are parts or heads of one matrix and follow each other are
+    measured in one reading of it: each unit is measured by itself, so that the units of a part
+    are those of the whole.
     """
     weights = list(weights)
     if axis == "input":
-        return [measure(site, baseline, effective, axis) for site, baseline, effective in weights]
-    changes: list[WeightChange] = []
-    for _, group in groupby(weights, key=lambda weight: (weight[0].tensor, weight[0].expert)):
-        together = list(group)
-        span = _span([site for site, _, _ in together])
-        _, baseline, effective = together[0]
-        whole = measure(span, baseline, effective, axis)
-        changes.extend(_part_of(whole, span, site) for site, _, _ in together)
+        return _measure_together(weights, axis)
+    groups = [
+        list(group)
+        for _, group in groupby(weights, key=lambda weight: (weight[0].tensor, weight[0].expert))
+    ]
+    spans = [_span([site for site, _, _ in group]) for group in groups]
+    wholes = _measure_together(
+        [
+            (span, baseline, effective)
+            for span, ((_, baseline, effective), *_) in zip(spans, groups, strict=True)
+        ],
+        axis,
+    )
+    return [
+        _part_of(whole, span, site)
+        for whole, span, group in zip(wholes, spans, groups, strict=True)
+        for site, _, _ in group
+    ]
+
+
+def _measure_together(
+    weights: Sequence[tuple[Site, Tensor, EffectiveWeight]], axis: Axis
+) -> list[WeightChange]:
+    """`measure` of each, with the sums of all that can be summed together taken at once."""
+    dense: dict[int, tuple[Tensor, Tensor]] = {}
+    low_rank: dict[int, LowRankUpdate] = {}
+    magnitudes: dict[int, Tensor] = {}
+    for i, (site, baseline, effective) in enumerate(weights):
+        before = site.oriented(baseline)
+        if isinstance(effective, Dense):
+            after = site.oriented(effective.weight)
+            if _comparable(before, after):
+                dense[i] = (before, after) if axis == "output" else (before.T, after.T)
+            continue
+        A, B, m = effective.A, site.select(effective.B), effective.magnitude
+        fits = _is_matrix(before) and (B.shape[0], A.shape[1]) == before.shape
+        if not fits or A.shape[0] != B.shape[1]:
+            continue
+        if m is None:
+            factors = (before, A, B) if axis == "output" else (before.T, B.T, A.T)
+            low_rank[i] = LowRankUpdate(*factors, effective.scaling)
+        elif axis == "output" and m.ndim == 1 and len(site.select(m)) == len(B):
+            low_rank[i] = LowRankUpdate(before, A, B, effective.scaling)
+            magnitudes[i] = site.select(m)
+    sums = dict(zip(dense, dense_sums_of_all(list(dense.values())), strict=True))
+    sums |= zip(low_rank, low_rank_sums_of_all(list(low_rank.values())), strict=True)
+    on_host = dict(zip(magnitudes, _to_host(list(magnitudes.values())), strict=True))
+    changes = []
+    for i, weight in enumerate(weights):
+        if i not in sums:  # not measurable together, or not at all: then this tells why
+            changes.append(measure(*weight, axis))
+            continue
+        units = _rescale(sums[i], on_host[i]) if i in on_host else unit_change(sums[i])
+        changes.append(reduce_units(units, axis))
     return changes
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    return weight.ndim == 2 and weight.numel() > 0 and weight.dtype.is_floating_point
+
+
+def _comparable(before: Tensor, after: Tensor) -> bool:
+    return _is_matrix(before) and (before.shape, before.dtype, before.device) == (
+        *(after.shape, after.dtype, after.device),
+    )
+
+
+def _to_host(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """The vectors in float64 in host memory, by one transfer from each device."""
+    found: dict[int, Tensor] = {}
+    for device in dict.fromkeys(vector.device for vector in vectors):
+        here = [i for i, vector in enumerate(vectors) if vector.device == device]
+        joined = torch.cat([vectors[i].detach().to(torch.float64) for i in here]).cpu()
+        found.update(zip(here, torch.split(joined, [len(vectors[i]) for i in here]), strict=True))
+    return [found[i] for i in range(len(vectors))]
 
 
 def _span(sites: Sequence[Site]) -> Site:
