@@ -415,14 +415,19 @@ class TestLowRank:
         after = m.double()[:, None] * turned / turned.norm(dim=1, keepdim=True)
         expected = dd.weight_change(weight.double(), after, axis)
         change = dd.low_rank_change(weight, A, B, scaling=1.5, magnitude=m, axis=axis)
+        # |m| − m_0 is a difference of two magnitudes: it is as good as m_0, which a GPU may sum
+        # from fp32 terms. Elsewhere it is float64 throughout.
+        rough = device != "cpu" and dtype != torch.float64
         for name in [*REDUCED, "radial_share"]:
-            assert getattr(change, name) == pytest.approx(getattr(expected, name), rel=1e-10), name
+            tolerance = 1e-6 if rough else 1e-10
+            value = getattr(expected, name)
+            assert getattr(change, name) == pytest.approx(value, rel=tolerance), name
         for name in ("one_minus_cosine", "magnitude_difference", "radial_update", "update_square"):
             np.testing.assert_allclose(
                 getattr(change.units, name),
                 getattr(expected.units, name),
-                rtol=1e-9,
-                atol=1e-13,
+                rtol=1e-6 if rough else 1e-9,
+                atol=1e-6 if rough else 1e-13,
                 err_msg=name,
             )
 

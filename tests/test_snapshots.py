@@ -150,9 +150,8 @@ def test_weights_that_share_memory_or_are_transposed_are_kept(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with recorder.attach(optimizer):
         train(model, optimizer, 2)
-    pd.testing.assert_frame_equal(
-        dd.remeasure(tmp_path), recorder.trajectory, rtol=1e-6, atol=1e-12
-    )
+    # Kept contiguous, so that terms are summed in another order than they were from the model.
+    pd.testing.assert_frame_equal(dd.remeasure(tmp_path), recorder.trajectory, rtol=1e-5, atol=1e-6)
 
 
 def test_gpt2_conv1d_is_remeasured(tiny_gpt2: Callable[[], Any], tmp_path: Path) -> None:
@@ -164,9 +163,7 @@ def test_gpt2_conv1d_is_remeasured(tiny_gpt2: Callable[[], Any], tmp_path: Path)
         torch.autograd.backward(model(tokens, labels=tokens).loss)
         optimizer.step()
     assert set(recorder.trajectory["units"]) == {48}
-    pd.testing.assert_frame_equal(
-        dd.remeasure(tmp_path), recorder.trajectory, rtol=1e-6, atol=1e-12
-    )
+    pd.testing.assert_frame_equal(dd.remeasure(tmp_path), recorder.trajectory, rtol=1e-5, atol=1e-6)
 
 
 def test_what_was_not_kept_is_said(record: Callable[..., Any], tmp_path: Path) -> None:
