@@ -19,6 +19,7 @@ import pandas as pd
 
 from dora_dynamics import provenance
 from dora_dynamics.decomposition import Axis
+from dora_dynamics.errors import InputError
 from dora_dynamics.trajectory import (
     COLUMN_NAMES,
     COLUMNS,
@@ -36,7 +37,7 @@ TRAJECTORY_FILE: Final = "trajectory.csv"
 StrPath = str | os.PathLike[str]
 
 
-class RunDirectoryError(ValueError):
+class RunDirectoryError(InputError):
     """A run directory cannot be read or must not be written; the message says what to do."""
 
 

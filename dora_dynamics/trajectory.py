@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dora_dynamics.correlation import pearson, slope, spearman
+from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -69,7 +70,7 @@ COLUMNS: Final[tuple[Column, ...]] = (
 COLUMN_NAMES: Final[tuple[str, ...]] = tuple(column.name for column in COLUMNS)
 
 
-class TrajectoryError(ValueError):
+class TrajectoryError(InputError):
     """A table is not a trajectory: a column is missing or holds what it cannot hold."""
 
 

@@ -1,0 +1,1 @@
+"""The commands of `dora-dynamics`, one file each."""

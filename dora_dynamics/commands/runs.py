@@ -1,0 +1,41 @@
+"""`dora-dynamics runs`: what run directories hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="RUN...", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+def runs(paths: tuple[str, ...], as_json: bool) -> None:
+    """Say what each RUN directory holds: method, axis, sites, steps, baseline."""
+    from dora_dynamics.commands.printing import print_json
+    from dora_dynamics.run_directory import read_info, read_run
+
+    described = []
+    for path in paths:
+        info, table = read_info(path), read_run(path)
+        steps = sorted(int(step) for step in table["step"].unique())
+        non_finite = int((table["non_finite"] > 0).sum())
+        described.append(
+            asdict(info)
+            | {"path": path, "steps": steps, "rows": len(table), "non_finite_rows": non_finite}
+        )
+    if as_json:
+        print_json(described)
+        return
+    for run in described:
+        steps = run["steps"]
+        span = f"{len(steps)} from {steps[0]} to {steps[-1]}" if steps else "none yet"
+        click.echo(f"{run['path']}  {run['run']}  ({run['method']})")
+        click.echo(f"  model     {run['model']}")
+        click.echo(f"  baseline  {run['baseline']}")
+        click.echo(f"  weights   {len(run['sites'])} sites, targets {', '.join(run['targets'])}")
+        click.echo(f"  units     axis {run['axis']}")
+        click.echo(f"  steps     {span}, {run['rows']} rows")
+        click.echo(f"  recorded  {run['created']}, {run['machine']}")
+        if run["non_finite_rows"]:
+            click.echo(f"  warning   {run['non_finite_rows']} rows with NaN or Inf in the weights")
