@@ -12,12 +12,13 @@ from dora_dynamics.effective import (
     effective_weight,
     is_merged,
     magnitude_parameter,
+    method_of,
     quantization_below,
     stored_parameter,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import torch
     from torch import Tensor, nn
@@ -65,9 +66,26 @@ class Followed:
         """What the weight below any adapter is quantised as; None where it is not."""
         return quantization_below(self.module) if self.parameter == "weight" else None
 
+    def method(self) -> str | None:
+        """Name of the method that trains the tensor: "FT" where the module itself holds it."""
+        return "FT" if self.parameter in self.module._parameters else method_of(self.module)
+
 
 def follow(model: nn.Module, sites: Iterable[Site]) -> dict[str, Followed]:
     """The tensors behind `sites`, each once, by `Site.tensor`."""
     return {
         site.tensor: Followed(model.get_submodule(site.module), site.parameter) for site in sites
     }
+
+
+def common_method(followed: Mapping[str, Followed]) -> str:
+    """The method that trains all of these tensors.
+
+    Raises:
+        ValueError: they are trained by several methods, or by one that has no known name.
+    """
+    found = {tensor.method() for tensor in followed.values()}
+    (method,) = found if len(found) == 1 else (None,)
+    if method is None:
+        raise ValueError("the followed weights do not share one known method: pass method=.")
+    return method

@@ -9,6 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _DECOUPLED: Final = frozenset({"AdamW"})
@@ -43,15 +45,19 @@ class StepDecay:
         return float(group["lr"]) * float(group["weight_decay"])
 
 
-def settings(optimizer: Optimizer) -> dict[str, object]:
-    """Class and settings of an optimizer, as JSON values."""
-    return {
-        "optimizer": type(optimizer).__name__,
-        "parameter_groups": [
-            {key: _as_plain(value) for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ],
-    }
+def settings(optimizers: Sequence[Optimizer]) -> dict[str, object]:
+    """Class and settings of the optimizers that train, as JSON values."""
+    found = [
+        {
+            "optimizer": type(optimizer).__name__,
+            "parameter_groups": [
+                {key: _as_plain(value) for key, value in group.items() if key != "params"}
+                for group in optimizer.param_groups
+            ],
+        }
+        for optimizer in optimizers
+    ]
+    return dict(found[0]) if len(found) == 1 else {"optimizers": found}
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 
 from dora_dynamics import run_directory, snapshots
 from dora_dynamics.baseline import Baselines, CapturedBaseline
 from dora_dynamics.decomposition import AXES, Axis
-from dora_dynamics.effective import method_of
-from dora_dynamics.followed import Followed, follow
+from dora_dynamics.followed import Followed, common_method, follow
+from dora_dynamics.metrics import role_means
 from dora_dynamics.optimizers import StepDecay, settings, unwrapped, was_skipped
 from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
@@ -39,8 +39,6 @@ Keep = Literal["units", "weights"]
 Granularity = Literal["matrix", "head"]
 
 T = TypeVar("T")
-METRICS: Final = ("delta_magnitude", "delta_direction", "unit_coupling")
-"""The columns whose means over a role `Recorder.metrics` gives, for a trainer's own log."""
 
 
 class Recorder:
@@ -132,7 +130,7 @@ class Recorder:
         self._given = {"run": run, "method": method}
         self._model = model
         self._followed: dict[str, Followed] = follow(model, self.sites)
-        self.method = method or _method_of(self._followed)
+        self.method = method or common_method(self._followed)
         self.step = 0
         self._wanted = schedule(every)
         self._keep = _kept(keep)
@@ -169,12 +167,16 @@ class Recorder:
         *,
         overwrite: bool = False,
         resume: int | Mapping[str, Any] | None = None,
+        keep: Keep | Collection[Keep] | None = None,
     ) -> None:
         """Write to this folder from now on; done already where the recorder was given `run_dir`.
 
         For loops that learn only after the baseline was taken whether training resumes. The
         arguments, and what is raised, are those of `Recorder`.
         """
+        if keep is not None:
+            self._keep = _kept(keep)
+            self._info = replace(self._info, keep=sorted(self._keep))
         if resume is not None:
             progress = read_progress(run_dir, resume, self.sites)
             progress.check(self.sites, self.axis)
@@ -202,6 +204,21 @@ class Recorder:
             self._info = replace(self._info, run=self.run)
         self._write_info()
 
+    def continue_from(self, step: int) -> None:
+        """Say that the model was trained for `step` steps before, of which there are no rows."""
+        self.step = step
+        self._decay = dict.fromkeys(self._decay, math.nan)
+
+    @property
+    def last_recorded(self) -> int | None:
+        """The last step that has rows."""
+        return self._last_recorded
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether an optimizer is being watched."""
+        return bool(self._hooks)
+
     @property
     def trajectory(self) -> pd.DataFrame:
         """The rows taken so far, as a table (see `trajectory.COLUMNS`)."""
@@ -209,19 +226,9 @@ class Recorder:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last recorded step in a few numbers: `dora_dynamics/<role>/<measure>`, a mean each.
-
-        Empty before the first record. Measures that are NaN at every site are left out.
-        """
-        found: dict[str, list[float]] = defaultdict(list)
-        for row in reversed(self._rows):
-            if row["step"] != self._last_recorded:
-                break
-            for measure in METRICS:
-                value = float(str(row[measure]))
-                if math.isfinite(value):
-                    found[f"dora_dynamics/{row['role']}/{measure}"].append(value)
-        return {name: math.fsum(values) / len(values) for name, values in sorted(found.items())}
+        """The last recorded step as a few means over each role, as a trainer's log takes them."""
+        latest = takewhile(lambda row: row["step"] == self._last_recorded, reversed(self._rows))
+        return role_means(latest)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for `resume=` to go on exactly; JSON values only."""
@@ -243,36 +250,42 @@ class Recorder:
         finally:
             self.finish()
 
-    def start(self, optimizer: Optimizer, *, count_steps: bool = True) -> None:
+    def start(self, *optimizers: Optimizer, count_steps: bool = True) -> None:
         """What entering `attach` does, for loops that are no block of code.
 
         Args:
-            optimizer: the one that trains; Accelerate's and Lightning's wrappers are seen through.
+            optimizers: those that train; Accelerate's and Lightning's wrappers are seen through.
             count_steps: count the optimizer's own steps and record them when they are due. False
                 leaves that to `advance_to`.
         """
-        optimizer = unwrapped(optimizer)
+        self._let_go()
+        watched = [unwrapped(optimizer) for optimizer in optimizers]
         self._followed = follow(self._model, self.sites)
         self._baseline.settle(self._followed)
-        self._check_trains(optimizer)
+        self._check_trains(watched)
         self._settle_names()
-        self._note_optimizer(optimizer)
+        self._info.hyperparameters.update(settings(watched))
+        self._write_info()
         self._counts_steps = count_steps
         if self._last_recorded is None:
             self.record()
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        for optimizer in watched:
+            self._hooks += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
 
     def finish(self, *, record: bool = True) -> None:
         """What leaving `attach` does: let go of the optimizer and record the last step."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._let_go()
         if record:
             self.record()
             self._report_quantization()
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def advance_to(self, step: int) -> None:
         """Take over the step of a loop that counts by itself, and record it when it is due."""
@@ -331,8 +344,9 @@ class Recorder:
         if self._counts_steps:
             self.advance_to(self.step + 1)
 
-    def _check_trains(self, optimizer: Optimizer) -> None:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def _check_trains(self, optimizers: Sequence[Optimizer]) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        trained = {id(p) for group in groups for p in group["params"]}
         modules = (followed.module for followed in self._followed.values())
         if not any(id(p) in trained for module in modules for p in module.parameters()):
             warnings.warn(
@@ -344,7 +358,7 @@ class Recorder:
     def _settle_names(self) -> None:
         """Name the method by the adapters that the model has now, until a row carries the name."""
         if self._given["method"] is None and not self._rows:
-            self.method = _method_of(self._followed)
+            self.method = common_method(self._followed)
             self.run = self._name()
             self._info = replace(self._info, run=self.run, method=self.method)
 
@@ -352,10 +366,6 @@ class Recorder:
         """The run's name: as given, else the folder's, else the method."""
         folder = self._directory.resolve().name if self._directory else ""
         return self._given["run"] or folder or self.method
-
-    def _note_optimizer(self, optimizer: Optimizer) -> None:
-        self._info.hyperparameters.update(settings(optimizer))
-        self._write_info()
 
     def _report_quantization(self) -> None:
         report = self._baseline.quantization_report()
@@ -376,14 +386,6 @@ def _kept(keep: Keep | Collection[Keep]) -> frozenset[str]:
     if unknown:
         raise ValueError(f"keep may name 'units' and 'weights', not {sorted(unknown)}.")
     return kinds
-
-
-def _method_of(followed: Mapping[str, Followed]) -> str:
-    found = {method_of(tensor.module) for tensor in followed.values()}
-    (method,) = found if len(found) == 1 else (None,)
-    if method is None:
-        raise ValueError("the followed weights do not share one known method: pass method=.")
-    return method
 
 
 def _model_name(model: nn.Module) -> str:

@@ -158,7 +158,8 @@ def _matches(site: Site, target: Target) -> bool:
         return True
     if site.rows is not None:
         return False
-    paths = {site.name, site.tensor, site.module}
+    own = "" if site.parameter == "weight" else f".{site.parameter}"
+    paths = {site.name, site.tensor, site.module + own}
     if isinstance(target, re.Pattern):
         return any(target.search(path) for path in paths)
     return any(path.endswith("." + target) or fnmatchcase(path, target) for path in paths)

@@ -1,0 +1,210 @@
+"""`dora-dynamics sites`: what of a model would be followed, and what each weight is taken for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from dora_dynamics.sites import Site
+
+_EXAMPLES = """\b
+Examples:
+  dora-dynamics sites gpt2
+  dora-dynamics sites my-model/ --targets query,value
+  dora-dynamics sites model.safetensors --targets '*.mlp.*' --all
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--targets",
+    help="Comma-separated roles (query), ends of module paths (q_proj), globs or /regex/.  "
+    "[default: every weight of every kind]",
+)
+@click.option(
+    "--granularity",
+    type=click.Choice(["matrix", "head"]),
+    default="matrix",
+    show_default=True,
+    help="Weights and the parts of fused ones, or attention heads.",
+)
+@click.option("--all", "show_all", is_flag=True, help="One line for each site.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines: each site whole.")
+def sites(model: str, targets: str | None, granularity: Any, show_all: bool, as_json: bool) -> None:
+    """Print what of MODEL would be followed: stack, layer, role, units and axis of each weight.
+
+    MODEL is a folder or file of weights, a folder with just a config.json, or a name on the
+    Hugging Face hub. No weight is read: names, shapes and config.json tell, or, where there are
+    no weights, the model that transformers builds from config.json without allocating it.
+    """
+    from dora_dynamics.checkpoints.errors import CheckpointError
+    from dora_dynamics.sites import NoHeadsError, NoSiteMatchesError, UnknownAxisError
+
+    try:
+        found, shapes = _find(model, _split(targets), granularity)
+    except (
+        CheckpointError, NoSiteMatchesError, NoHeadsError, UnknownAxisError, OSError, ImportError,
+    ) as error:  # fmt: skip
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    described = [_describe(site, shapes[site.tensor]) for site in found]
+    if as_json:
+        click.echo(json.dumps(described, indent=2, ensure_ascii=False))
+    elif show_all:
+        _print_table(described, ["site", "head", "stack", "layer", "role", "units", "unit"])
+    else:
+        _print_table(_by_role(described), list(_by_role(described)[0]))
+
+
+def _split(targets: str | None) -> list[Any] | None:
+    import re
+
+    if targets is None:
+        return None
+    parts = [part.strip() for part in targets.split(",") if part.strip()]
+    return [re.compile(p[1:-1]) if len(p) > 2 and p[0] == p[-1] == "/" else p for p in parts]
+
+
+def _find(
+    model: str, targets: list[Any] | None, granularity: Any
+) -> tuple[list[Site], dict[str, tuple[int, ...]]]:
+    """The selected sites, and the shape of each tensor by `Site.tensor`."""
+    from dora_dynamics.checkpoints.discover import locate
+    from dora_dynamics.sites.catalogue import describe_weight, expand
+    from dora_dynamics.sites.models import list_weights
+    from dora_dynamics.sites.select import select
+
+    path = locate(model)
+    built = _build(path) if _has_only_a_config(path) else None
+    if built is not None:
+        weights = list(list_weights(built))
+        shapes = {
+            site.tensor: tuple(getattr(built.get_submodule(site.module), site.parameter).shape)
+            for weight in weights
+            for site in weight.wholes
+        }
+    else:
+        from dora_dynamics.checkpoints.opening import open_checkpoint
+
+        contents = open_checkpoint(path)
+        weights, shapes = [], {}
+        for name, tensor in contents.tensors.items():
+            weight = describe_weight(name, tensor.shape, contents.config)
+            if weight is not None:
+                weights.append(weight)
+                shapes[weight.wholes[0].tensor] = tuple(tensor.shape)
+    if targets is None:
+        return [site for weight in weights for site in expand(weight, granularity)], shapes
+    return select(weights, targets, granularity), shapes
+
+
+def _has_only_a_config(path: Path) -> bool:
+    from dora_dynamics.checkpoints.opening import is_checkpoint
+
+    return path.is_dir() and (path / "config.json").is_file() and not is_checkpoint(path)
+
+
+def _build(folder: Path) -> Any:
+    """The model that a config.json describes, on the meta device: structure without weights."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"{folder} holds no weights, only a config.json: install transformers to build the "
+            "model from it (pip install 'dora-dynamics[hf]')."
+        ) from error
+    import torch
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = [name for name in config.architectures or [] if hasattr(transformers, name)]
+    with torch.device("meta"):
+        if names:
+            return getattr(transformers, names[0])(config)
+        automatic: Any = transformers.AutoModel
+        return automatic.from_config(config)
+
+
+def _describe(site: Site, shape: tuple[int, ...]) -> dict[str, Any]:
+    rows, features = _rows_and_features(site, shape)
+    units = rows if site.rows is None else sum(stop - start for start, stop in site.rows)
+    return {
+        "site": site.name,
+        "head": site.head,
+        "stack": site.stack,
+        "layer": site.layer,
+        "role": site.role,
+        "kind": site.kind,
+        "units": units,
+        "features": features,
+        "unit": _UNIT[site.kind, site.stored_transposed],
+        "stored_transposed": site.stored_transposed,
+        "rows": site.rows,
+    }
+
+
+_UNIT = {
+    ("matrix", False): "row",
+    ("matrix", True): "column (stored transposed)",
+    ("embedding", False): "token",
+    ("filters", False): "filter",
+    ("vector", False): "the whole vector",
+}
+
+
+def _rows_and_features(site: Site, shape: tuple[int, ...]) -> tuple[int, int]:
+    import math
+
+    if site.expert is not None:
+        shape = shape[1:]
+    if site.kind == "vector":
+        return 1, math.prod(shape)
+    rows, features = shape[0], math.prod(shape[1:])
+    return (features, rows) if site.stored_transposed else (rows, features)
+
+
+def _by_role(described: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each stack and role: how many sites, in which layers, of which size."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for line in described:
+        groups[line["stack"], line["role"]].append(line)
+    table = []
+    for (stack, role), lines in groups.items():
+        heads = {line["head"] for line in lines} - {None}
+        sizes = {f"{line['units']} × {line['features']}" for line in lines}
+        table.append(
+            {
+                "role": role,
+                "stack": stack,
+                "sites": len({line["site"] for line in lines}),
+                "layers": _ranges({line["layer"] for line in lines} - {None}),
+                "heads": max(heads) + 1 if heads else "",
+                "units × features": sizes.pop() if len(sizes) == 1 else f"{len(sizes)} sizes",
+                "unit": lines[0]["unit"],
+                "such as": lines[0]["site"],
+            }
+        )
+    return table
+
+
+def _ranges(layers: set[int]) -> str:
+    if not layers:
+        return ""
+    whole = set(range(min(layers), max(layers) + 1)) == layers and len(layers) > 1
+    return f"{min(layers)}–{max(layers)}" if whole else ", ".join(map(str, sorted(layers)))
+
+
+def _print_table(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    cells = [["" if line[c] is None else str(line[c]) for c in columns] for line in lines]
+    shown = [i for i in range(len(columns)) if any(row[i] for row in cells)]
+    widths = {i: max(len(columns[i]), *(len(row[i]) for row in cells)) for i in shown}
+    for row in [list(columns), *cells]:
+        click.echo("  ".join(row[i].ljust(widths[i]) for i in shown).rstrip())
