@@ -200,13 +200,11 @@ class Baselines:
         where, weight = self._followed[name], self.weights[name]
         if name in self._shared:
             self._check_unchanged(name)
-        if name in self._shared:
-            return weight, where.effective()
-        if name in self._quantized and not self._given:
-            effective = where.effective()
-            if not isinstance(effective, Dense):
-                return weight, effective
-        now = where.dense()
+        is_base = name in self._shared or (name in self._quantized and not self._given)
+        effective = where.effective() if is_base else Dense(where.dense())
+        if not isinstance(effective, Dense):
+            return weight, effective
+        now = effective.weight
         common = torch.promote_types(weight.dtype, now.dtype)
         return weight.to(now.device, common), Dense(now.to(common))
 
@@ -222,10 +220,9 @@ class Baselines:
         kept: dict[str, EffectiveWeight] = {}
         together: list[tuple[Site, Tensor, EffectiveWeight]] = []
         for name in self._followed:
-            shared = name in self._shared
             weight, effective = self.pair(name)
             triples = [(site, weight, effective) for site in sites if site.tensor == name]
-            if shared or self._followed[name].stored() is not None:
+            if not (isinstance(effective, Dense) and self._is_computed(name, effective.weight)):
                 together.extend(triples)
             else:
                 alone = measure_all(triples, axis)
@@ -268,6 +265,11 @@ class Baselines:
         self._versions[name] = stored._version
         if hasattr(self, "weights"):
             self.weights[name] = stored
+
+    def _is_computed(self, name: str, weight: Tensor) -> bool:
+        """Whether an effective weight is a tensor of its own, and not the module's."""
+        stored = self._followed[name].stored()
+        return stored is None or stored.dtype != weight.dtype
 
     def _check_unchanged(self, name: str) -> None:
         if self._followed[name].is_merged():

@@ -28,7 +28,7 @@ _MIXED: Final = "it mixes its matrices anew for every input, so that no one weig
 REFUSED: Final[dict[str, str]] = {
     "adaption_prompt": "it adds prompts to attention and leaves every weight as it was",
     "lily": _MIXED,
-    "poly": _MIXED,
+    "poly": "it mixes its matrices anew for every task, so that no one weight is applied",
     "shadow": "it runs a second, smaller model beside the layers and changes no weight of theirs",
     "xlora": _MIXED,
 }

@@ -35,6 +35,8 @@ _HOOKS: Final = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
 )
+_ACCELERATE: Final = ("_hf_hook",)
+"""Where accelerate keeps what may hold the weights of a whole model."""
 _OPAQUE: Final = (
     str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, MethodType,
     BuiltinFunctionType, torch.dtype, torch.device, torch.Generator,
@@ -61,12 +63,17 @@ def private_copy(module: nn.Module) -> nn.Module:
                     hooks = found.__dict__.get(name)
                     if hooks is not None:
                         memo[id(hooks)] = OrderedDict()
+                for name in _ACCELERATE:
+                    if name in found.__dict__:
+                        memo[id(found.__dict__[name])] = None
             elif isinstance(found, torch.Generator):
                 memo[id(found)] = found.clone_state()
             else:
                 memo[id(found)] = _tensor_copy(found)
         copied = copy.deepcopy(module, memo)
     copied.eval()
+    for part in copied.modules():
+        _unhook(part)
     return copied
 
 
@@ -80,6 +87,16 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     }
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
         yield
+
+
+def _unhook(part: nn.Module) -> None:
+    """Undo what accelerate did to a module's `forward`, and widen dtypes that it goes by."""
+    part.__dict__.pop("_hf_hook", None)
+    if part.__dict__.pop("_old_forward", None) is not None:
+        part.__dict__.pop("forward", None)
+    for name, value in part.__dict__.items():
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            part.__dict__[name] = torch.float64
 
 
 def _reachable(root: object) -> Iterator[Any]:
@@ -98,7 +115,8 @@ def _reachable(root: object) -> Iterator[Any]:
         elif isinstance(item, nn.Module):
             yield item
             if not is_quantized(item):
-                stack.extend(value for name, value in item.__dict__.items() if name not in _HOOKS)
+                skipped = (*_HOOKS, *_ACCELERATE)
+                stack.extend(v for name, v in item.__dict__.items() if name not in skipped)
         elif isinstance(item, _OPAQUE):
             continue
         elif isinstance(item, dict):

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CLOSE: Final = 1e-7
-"""Two evaluations of one layer differ by less than this, relative to the largest value: some
-tuners compute in fp32 whatever they are given."""
+"""Two evaluations of one layer differ by less than this, relative to the largest value: a part of
+some tuners is computed in fp32 whatever they are given."""
+_CLOSE_IN_FP32: Final = 1e-6
 _AFFINE: Final = 1e-5
 """What is affine deviates by less than this, also where it computes in fp32 inside."""
 _CHUNK: Final = 1024
@@ -93,7 +94,7 @@ def probed_weight(copy: nn.Module, leaf: nn.Module, shape: torch.Size, kind: str
     return weight
 
 
-def close(value: Tensor, expected: Tensor, tolerance: float = CLOSE) -> bool:
+def close(value: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
     """Whether two outputs agree, relative to the largest of the expected ones.
 
     Outputs that are not finite agree where both are not: such a weight is to be reported, and not
@@ -103,6 +104,9 @@ def close(value: Tensor, expected: Tensor, tolerance: float = CLOSE) -> bool:
         return False
     if not expected.isfinite().all():
         return not bool(value.isfinite().all())
+    if tolerance is None:
+        in_fp32 = torch.equal(expected.to(torch.float32).to(expected.dtype), expected)
+        tolerance = _CLOSE_IN_FP32 if in_fp32 else CLOSE
     error = (value - expected).abs().max()
     return bool(error <= tolerance * expected.abs().max().clamp_min(1e-30))
 

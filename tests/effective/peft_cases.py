@@ -1,0 +1,323 @@
+"""Every PEFT method in the variants that are tested, and what is expected of each.
+
+`CASES` is keyed by the value of `peft.PeftType`. A method that is in PEFT's registry and not here
+fails `test_peft_tuners.py`, which says to add it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LINEAR = ("query", "value", "down")
+
+
+class Block(nn.Module):
+    """Linear layers that are not square, and nothing else a tuner could stumble over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(16, 24)
+        self.value = nn.Linear(16, 24, bias=False)
+        self.down = nn.Linear(24, 16)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.query(x)) * torch.sigmoid(self.value(x))
+        y: torch.Tensor = self.norm(x + self.down(hidden))
+        return y
+
+
+class Linears(nn.Module):
+    """Two blocks and a head; the input is real-valued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        y: torch.Tensor = self.head(x)
+        return y
+
+    @staticmethod
+    def batch(generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(4, 3, 16, generator=generator)
+
+
+class Conv1Ds(Linears):
+    """GPT-2's linear layers, stored (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            make: Any = Conv1D
+            layer.query, layer.value = make(24, 16), make(24, 16)
+            layer.down = make(16, 24)
+
+
+class Tokens(nn.Module):
+    """An embedding and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 16)
+        self.query = nn.Linear(16, 24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(torch.tanh(self.query(self.embed_tokens(x))))
+        return y
+
+    @staticmethod
+    def batch(generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(0, 11, (4, 3), generator=generator)
+
+
+class Images(nn.Module):
+    """Convolutions, one with a stride, one of kernel size one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.conv2(torch.tanh(self.conv1(x))))
+        z: torch.Tensor = self.head(y.mean((2, 3)))
+        return z
+
+    @staticmethod
+    def batch(generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(4, 3, 6, 7, generator=generator)
+
+
+class Llama(nn.Module):
+    """A small language model, for methods that need one."""
+
+    def __new__(cls) -> nn.Module:  # type: ignore[misc]
+        config = LlamaConfig(
+            vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of one method.
+
+    Attributes:
+        name: what is special about it.
+        config: makes its PEFT configuration.
+        how: "direct", "merge on a copy" or "probed"; "" where the method is refused.
+        model: class of the model it is put on.
+        followed: ends of the paths of the followed modules.
+        targets: the argument that selects the modules; None leaves it out.
+        refused: what the refusal says.
+    """
+
+    name: str
+    config: Callable[..., Any]
+    how: str
+    model: type[nn.Module] = Linears
+    followed: tuple[str, ...] = LINEAR
+    targets: tuple[str, ...] | None = LINEAR
+    refused: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The model before the adapter."""
+        torch.manual_seed(seed)
+        return self.model()
+
+    def adapt(self, model: nn.Module) -> Any:
+        """The adapted model."""
+        options = dict(self.options)
+        if self.targets is not None:
+            options.setdefault("target_modules", list(self.targets))
+        if self.config is _no_configuration:
+            return mixture(model)
+        if options.get("init_lora_weights") in ("corda", "lora_ga"):
+            return _prepared(self, model, options)
+        return peft.get_peft_model(model, self.config(**options))
+
+
+def _prepared(case: Case, model: nn.Module, options: dict[str, Any]) -> Any:
+    """CorDA and LoRA-GA look at some batches first."""
+    config = case.config(**options)
+    generator = torch.Generator().manual_seed(1)
+    batch = case.model.batch(generator)  # type: ignore[attr-defined]
+    if options["init_lora_weights"] == "corda":
+        preprocess_corda(model, config, run_model=lambda: model(batch.flatten(0, 1)))
+    else:
+        preprocess_loraga(model, config, lambda: model(batch).square().mean().backward())
+    return peft.get_peft_model(model, config)
+
+
+def _lora(name: str, how: str = "direct", **options: Any) -> Case:
+    fields = {key: options.pop(key) for key in list(options) if key in Case.__dataclass_fields__}
+    options = {"r": 4, "lora_alpha": 6, **options}
+    return Case(name, peft.LoraConfig, how, options=options, **fields)
+
+
+def _case(kind: str, name: str, how: str = "merge on a copy", **options: Any) -> Case:
+    fields = {key: options.pop(key) for key in list(options) if key in Case.__dataclass_fields__}
+    return Case(name, lambda **o: _configuration(kind, o), how, options=options, **fields)
+
+
+def _configuration(kind: str, options: dict[str, Any]) -> Any:
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](**options)
+
+
+def _prompts(kind: str, refused: str = "trains prompts", **options: Any) -> Case:
+    options = {"task_type": "CAUSAL_LM", **options}
+    if kind not in ("ADAPTION_PROMPT", "SHADOW"):
+        options.setdefault("num_virtual_tokens", 2)
+    return _case(kind, "plain", "", model=Llama, targets=None, refused=refused, **options)
+
+
+def _no_configuration(**_: Any) -> Any:
+    raise NotImplementedError
+
+
+def mixture(model: nn.Module) -> Any:
+    """X-LoRA: two saved LoRA adapters, mixed by a classifier."""
+    with TemporaryDirectory() as folder:
+        for name in ("one", "two"):
+            adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            peft.get_peft_model(copy.deepcopy(model), adapter).save_pretrained(f"{folder}/{name}")
+        adapters = {name: f"{folder}/{name}" for name in ("one", "two")}
+        config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters=adapters)
+        return peft.get_peft_model(model, config)
+
+
+CASES: dict[str, list[Case]] = {
+    "LORA": [
+        _lora("plain"),
+        _lora("rslora", use_rslora=True),
+        _lora("patterns", rank_pattern={"query": 2}, alpha_pattern={"down": 3}),
+        _lora("dora", use_dora=True),
+        _lora("dora dropout", use_dora=True, lora_dropout=0.2),
+        _lora("conv1d", model=Conv1Ds, fan_in_fan_out=True),
+        _lora("conv1d dora", model=Conv1Ds, fan_in_fan_out=True, use_dora=True),
+        _lora("gaussian", init_lora_weights="gaussian"),
+        _lora("not zero", init_lora_weights=False),
+        _lora("orthogonal", init_lora_weights="orthogonal"),
+        _lora("pissa", init_lora_weights="pissa"),
+        _lora("pissa niter", init_lora_weights="pissa_niter_4"),
+        _lora("pissa dora", init_lora_weights="pissa", use_dora=True),
+        _lora("olora", init_lora_weights="olora"),
+        _lora("eva", init_lora_weights="eva"),
+        _lora("corda", init_lora_weights="corda",
+              corda_config=CordaConfig()),
+        _lora("lora_ga", init_lora_weights="lora_ga",
+              lora_ga_config=LoraGAConfig()),
+        _lora("mica", init_lora_weights="mica", how="merge on a copy"),
+        _lora("bias", lora_bias=True, followed=("query", "down"), targets=("query", "down")),
+        _lora("bias on none", lora_bias=True, followed=("value",), targets=("value",)),
+        _lora("kasa", kasa_config=lora.KasaConfig(), how="merge on a copy"),
+        _lora("velora", velora_config=lora.VeloraConfig(num_groups=4), how="merge on a copy"),
+        _lora("monteclora", monteclora_config=lora.MontecloraConfig(), how="merge on a copy"),
+        _lora("bdlora", use_bdlora=lora.BdLoraConfig(target_modules_bd_b=["query", "value"],
+              target_modules_bd_a=["down"], nblocks=2), how="merge on a copy"),
+        _lora("alora", alora_invocation_tokens=[1], how="", refused="aLoRA"),
+        _lora("embedding", model=Tokens, followed=("embed_tokens", "query"),
+              targets=("embed_tokens", "query")),
+        _lora("embedding dora", model=Tokens, how="merge on a copy", use_dora=True,
+              followed=("embed_tokens",), targets=("embed_tokens",)),
+        _lora("conv", model=Images, how="merge on a copy", followed=("conv1", "conv2"),
+              targets=("conv1", "conv2")),
+        _lora("conv dora", model=Images, how="merge on a copy", use_dora=True,
+              followed=("conv1", "conv2"), targets=("conv1", "conv2")),
+        _lora("trainable tokens", model=Tokens, trainable_token_indices=[1, 3],
+              followed=("query",), targets=("query",)),
+        _lora("modules_to_save", modules_to_save=["head"]),
+    ],
+    "ADALORA": [_case("ADALORA", "plain", init_r=4, target_r=2, total_step=20, tinit=1, tfinal=1),
+                _case("ADALORA", "conv1d", init_r=4, target_r=2, total_step=20, tinit=1, tfinal=1,
+                      model=Conv1Ds, fan_in_fan_out=True)],
+    "ADAPTION_PROMPT": [_prompts("ADAPTION_PROMPT", adapter_len=2, adapter_layers=1,
+                                 refused="adaption prompt")],
+    "ADAMSS": [_case("ADAMSS", "plain", r=8, num_subspaces=2, subspace_rank=1),
+               _case("ADAMSS", "dynamic", r=8, num_subspaces=2, subspace_rank=1,
+                     use_dynamic_rank=True)],
+    "BEFT": [_case("BEFT", "plain", followed=("query", "down"), targets=("query", "down"))],
+    "BOFT": [_case("BOFT", "plain", boft_block_size=4),
+             _case("BOFT", "butterfly", boft_block_size=4, boft_n_butterfly_factor=2),
+             _case("BOFT", "conv", boft_block_size=3, model=Images, followed=("conv1",),
+                   targets=("conv1",))],
+    "C3A": [_case("C3A", "plain", block_size=4),
+            _case("C3A", "zeros", block_size=8, init_weights=True)],
+    "CARTRIDGE": [_prompts("CARTRIDGE", num_frozen_tokens=1)],
+    "CPT": [_prompts("CPT", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2])],
+    "DEFT": [_case("DEFT", "plain", r=4), _case("DEFT", "qr", r=4, decomposition_method="qr"),
+             _case("DEFT", "para", r=4, para=True)],
+    "DELORA": [_case("DELORA", "plain", r=4), _case("DELORA", "random", r=4, init_weights=False)],
+    "FOURIERFT": [_case("FOURIERFT", "plain", n_frequency=20)],
+    "FROD": [_case("FROD", "plain", progressbar=False)],
+    "GLORA": [_case("GLORA", "plain", r=4)],
+    "GRALORA": [_case("GRALORA", "plain", r=4, gralora_k=2),
+                _case("GRALORA", "hybrid", r=4, gralora_k=2, hybrid_r=2)],
+    "HIRA": [_case("HIRA", "plain", r=4)],
+    "HRA": [_case("HRA", "plain", r=4), _case("HRA", "gs", r=4, apply_GS=True,
+            init_weights=False)],
+    "IA3": [_case("IA3", "plain", feedforward_modules=[]),
+            _case("IA3", "feedforward", feedforward_modules=["down"])],
+    "LILY": [_case("LILY", "plain", "", r=4, num_B=2, stride_A=1, refused="Lily")],
+    "LN_TUNING": [_case("LN_TUNING", "plain", followed=("norm",), targets=("norm",))],
+    "LOHA": [_case("LOHA", "plain", r=4), _case("LOHA", "conv", r=2, model=Images,
+             use_effective_conv2d=True, followed=("conv1", "conv2"), targets=("conv1", "conv2"))],
+    "LOKR": [_case("LOKR", "plain", r=4), _case("LOKR", "both", r=2, decompose_both=True,
+                                                decompose_factor=4)],
+    "MISS": [_case("MISS", "plain", r=4), _case("MISS", "bat", r=4, init_weights="bat"),
+             _case("MISS", "mini", r=4, mini_r=2, init_weights="mini")],
+    "MULTITASK_PROMPT_TUNING": [_prompts("MULTITASK_PROMPT_TUNING", num_tasks=2)],
+    "OFT": [_case("OFT", "plain", oft_block_size=4, r=0), _case("OFT", "coft", oft_block_size=4,
+            r=0, coft=True, eps=1e-2), _case("OFT", "shared", oft_block_size=4, r=0,
+            block_share=True), _case("OFT", "exact", oft_block_size=4, r=0,
+            use_cayley_neumann=False)],
+    "OSF": [_case("OSF", "plain", effective_rank=4)],
+    "P_TUNING": [_prompts("P_TUNING", encoder_hidden_size=8)],
+    "PEANUT": [_case("PEANUT", "plain", r=4), _case("PEANUT", "deep", r=4, depth=2)],
+    "POLY": [_case("POLY", "plain", "", r=4, n_tasks=2, n_skills=2, refused="Poly")],
+    "PREFIX_TUNING": [_prompts("PREFIX_TUNING")],
+    "PROMPT_TUNING": [_prompts("PROMPT_TUNING")],
+    "PSOFT": [_case("PSOFT", "plain", r=4), _case("PSOFT", "pissa", r=4,
+              ab_svd_init="pissa_init")],
+    "PVERA": [_case("PVERA", "plain", r=4)],
+    "RANDLORA": [_case("RANDLORA", "plain", r=4)],
+    "ROAD": [_case("ROAD", "1", group_size=8), _case("ROAD", "2", group_size=8, variant="road_2"),
+             _case("ROAD", "4", group_size=8, variant="road_4")],
+    "SHADOW": [_prompts("SHADOW", refused="ShadowPEFT", shadow_num_hidden_layers=1)],
+    "SHIRA": [_case("SHIRA", "plain", r=2)],
+    "SUPERTUNING": [_case("SUPERTUNING", "plain", sparsity=0.9),
+                    _case("SUPERTUNING", "lora", sparsity=0.9, r=2, lora_alpha=2.0)],
+    "TINYLORA": [_case("TINYLORA", "plain", r=2, u=4)],
+    "TRAINABLE_TOKENS": [_case("TRAINABLE_TOKENS", "plain", model=Tokens, token_indices=[1, 4],
+                               followed=("embed_tokens",), targets=("embed_tokens",))],
+    "UNILORA": [_case("UNILORA", "plain", r=4, theta_d_length=32)],
+    "VBLORA": [_case("VBLORA", "plain", r=4, num_vectors=8, vector_length=8)],
+    "VERA": [_case("VERA", "plain", r=4)],
+    "XLORA": [Case("plain", _no_configuration, "", model=Llama, refused="X-LoRA")],
+    "WAVEFT": [_case("WAVEFT", "plain", n_frequency=20)],
+}  # fmt: skip
