@@ -56,5 +56,5 @@ def plot(paths: tuple[str, ...], kind: str, signed: bool, style: str, out: Path)
     else:
         measure = f"signed_{kind}" if signed and kind == "delta_magnitude" else kind
         figure = plotting.trajectories(table, measure, **options)  # type: ignore[arg-type]
-    plotting.save(figure, out, formats=(out.suffix[1:],))
+    plotting.save(figure, [out])
     click.echo(f"Wrote {out}.")

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from scipy import stats
+from torch import nn
+
+import dora_dynamics as dd
+from dora_dynamics.cli import COMMANDS, main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A full fine-tuning and a LoRA run of a small network, recorded on disk."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("FT", "LoRA"):
+        torch.manual_seed(3)
+        blocks = [nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 7)) for _ in range(5)]
+        model = nn.Sequential(*blocks)
+        if method == "LoRA":
+            dd.apply_lora(model, ["*.0"], rank=2)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        recorder = dd.Recorder(model, ["*.0"], every=3, run_dir=folder / method, seed=3)
+        with recorder.attach(optimizer):
+            for _ in range(16):
+                loss = (model(torch.randn(8, 7)) - 1).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return [str(folder / "FT"), str(folder / "LoRA")]
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_runs_describes_what_was_recorded(runs: list[str]) -> None:
+    result = call("runs", *runs, "--json")
+    assert result.exit_code == 0
+    first, second = json.loads(result.output)
+    assert (first["method"], second["method"]) == ("FT", "LoRA")
+    assert first["steps"] == [0, 3, 6, 9, 12, 15, 16]
+    assert first["rows"] == 35
+    assert first["seed"] == 3
+    text = call("runs", *runs).output
+    assert "5 sites" in text
+    assert "axis output" in text
+
+
+def test_coupling_prints_what_scipy_finds(runs: list[str]) -> None:
+    result = call("coupling", *runs, "--level", "pooled", "--checkpoints", "all", "--json")
+    assert result.exit_code == 0, result.output
+    table = dd.load_runs(runs)
+    for row in json.loads(result.output):
+        points = table[(table["method"] == row["method"]) & (table["step"] > 0)]
+        expected = stats.pearsonr(points["delta_direction"], points["delta_magnitude"])
+        assert row["pearson"] == pytest.approx(expected.statistic, abs=1e-12)
+        assert row["n"] == 30
+
+
+def test_coupling_table_names_every_level_and_selects_four_checkpoints(runs: list[str]) -> None:
+    lines = call("coupling", *runs, "--by", "method").output.splitlines()
+    for level in ("pooled", "within_step", "within_layer", "units"):
+        assert sum(level in line.split() for line in lines) == 2
+    assert any("20" in line.split() for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["magnitude_direction", "delta_magnitude", "coupling"])
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_plot_writes_the_very_file_it_is_given(
+    runs: list[str], tmp_path: Path, kind: str, ending: str
+) -> None:
+    out = tmp_path / f"figure.{ending}"
+    result = call("plot", *runs, "--kind", kind, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert [file.name for file in tmp_path.iterdir()] == [f"figure.{ending}"]
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
+    assert out.read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("command", ["runs", "coupling", "plot"])
+def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(command: str, tmp_path: Path) -> None:
+    result = call(command, str(tmp_path))
+    assert result.exit_code == 2
+    assert result.output.count("\n") == 1
+    assert "is not a run directory" in result.output
+
+
+def test_wrong_usage_is_exit_code_2(runs: list[str]) -> None:
+    assert call("coupling", runs[0], "--by", "nothing").exit_code == 2
+    assert call("plot", runs[0], "--out", "figure.gif").exit_code == 2
+    assert call("coupling").exit_code == 2
+    assert call("unknown").exit_code == 2
+
+
+def test_a_folder_that_cannot_be_written_is_exit_code_1(runs: list[str], tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    result = call("plot", runs[0], "--out", str(blocked / "figure.png"))
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+
+
+def test_nothing_to_draw_is_said(runs: list[str], tmp_path: Path) -> None:
+    run = Path(runs[0])
+    only_start = tmp_path / "run"
+    only_start.mkdir()
+    (only_start / "run.json").write_bytes((run / "run.json").read_bytes())
+    lines = (run / "trajectory.csv").read_text().splitlines(keepends=True)
+    (only_start / "trajectory.csv").write_text("".join(lines[:6]))
+    result = call("plot", str(only_start), "--out", str(tmp_path / "figure.png"))
+    assert result.exit_code == 2
+    assert "step 0" in result.output
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_has_help(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_help_imports_no_heavy_package() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from dora_dynamics.cli import main;"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
+        "heavy = {'torch', 'pandas', 'numpy', 'matplotlib', 'scipy'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_table_survives_json(runs: list[str]) -> None:
+    rows = json.loads(call("coupling", *runs, "--level", "units", "--json").output)
+    assert pd.DataFrame(rows)["units"].gt(0).all()
