@@ -1,0 +1,1 @@
+"""Recorders for other people's training loops; each module needs the library it is named after."""
