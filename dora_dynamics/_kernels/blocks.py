@@ -102,6 +102,14 @@ def _sum_columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> Non
         sum_exactly(before, after, again, out)
 
 
+def add_squares(weight: Tensor, out: NDArray[np.float64]) -> None:
+    """Add Σ w² of each row to `out`."""
+    with np.errstate(all="ignore"):
+        for start in range(0, weight.shape[1], _FEATURES):
+            w = as_rows(weight[:, start : start + _FEATURES], "w")
+            out += np.vecdot(w, w)
+
+
 def sum_exactly(
     before: Tensor, after: Tensor, units: NDArray[np.intp], out: NDArray[np.float64]
 ) -> None:

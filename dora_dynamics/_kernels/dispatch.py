@@ -47,7 +47,7 @@ def dense_sums_of_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[UnitSums]:
 
 def _sums_on(device: torch.device, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[UnitSums]:
     if device.type == "cpu":
-        return _cpu_sums(pairs)
+        return cpu_sums(pairs, cpu_path())
     if device.type == "cuda" and find_spec("triton") is not None:
         triton_path = importlib.import_module("dora_dynamics._kernels.triton_path")
         found: list[UnitSums] = triton_path.sums_of_all(pairs)
@@ -55,8 +55,8 @@ def _sums_on(device: torch.device, pairs: Sequence[tuple[Tensor, Tensor]]) -> li
     return [exact_tensors(before, after) for before, after in pairs]
 
 
-def _cpu_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[UnitSums]:
-    path = cpu_path()
+def cpu_sums(pairs: Sequence[tuple[Tensor, Tensor]], path: Any) -> list[UnitSums]:
+    """Sums of pairs in host memory by one of the CPU paths, all their tasks together."""
     arrays = [np.empty((4, before.shape[0])) for before, _ in pairs]
     tasks = [
         task

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
-from dora_dynamics._kernels.sums import UnitSums, ratio
+from dora_dynamics._kernels import blocks, threads
+from dora_dynamics._kernels.sums import LARGEST, SMALLEST, TANGENTIAL_SHARE, UnitSums, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 _BLOCK_ELEMENTS: Final = 1 << 17
 """Elements a CPU block holds: its float64 working set (4 MiB) stays in a core's cache."""
+_CPU_BLOCK: Final = 1 << 22
+"""Elements torch multiplies at a time there: enough to keep its threads from waiting."""
 _DEVICE_BLOCK: Final = 1 << 24
 """On a GPU a block is as large as its float64 copy may be: 128 MiB."""
 
@@ -67,10 +72,49 @@ def low_rank_sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
             if device.type == "cuda" and find_spec("triton") is not None:
                 path = importlib.import_module("dora_dynamics._kernels.triton_low_rank")
                 found = path.sums_of_all(some)
+            elif device.type == "cpu":
+                found = [cpu_sums(update) for update in some]
             else:
                 found = [plain_sums(update) for update in some]
             sums.update(zip(here, found, strict=True))
     return [sums[i] for i in range(len(updates))]
+
+
+def cpu_sums(update: LowRankUpdate) -> UnitSums:
+    """The sums with W_0 Aᵀ in float32, all else in float64; `plain_sums` where that is too little.
+
+    torch multiplies large blocks over its own threads; the squares are summed over ours.
+    """
+    before, A, B = update.before, update.A, update.B
+    if before.dtype == torch.float64 or A.dtype == torch.float64:
+        return plain_sums(update)
+    units, features = before.shape
+    squares = np.zeros(units)
+    e = torch.empty(units, dtype=torch.float64)
+    A_32, B_64 = A.to(torch.float32), B.to(torch.float64)
+    rows = max(1, _CPU_BLOCK // features)
+    for start in range(0, units, rows):
+        block = slice(start, start + rows)
+        w = before[block].to(torch.float32)
+        threads.run_all(
+            [
+                partial(blocks.add_squares, w[i : i + 32], squares[block][i : i + 32])
+                for i in range(0, len(w), 32)
+            ],
+            worth_threads=w.numel() >= blocks.TASK,
+        )
+        e[block] = torch.einsum("nr,nr->n", (w @ A_32.T).to(torch.float64), B_64[block])
+    e *= update.scaling
+    a, c = torch.from_numpy(squares), _update_squares(update)
+    sums = UnitSums(a, e, c, (c - ratio(e, a) * e).clamp_min(0.0))
+    return sums if is_believable(sums) else plain_sums(update)
+
+
+def is_believable(sums: UnitSums) -> bool:
+    """Whether float32 was enough: weights in its range, and no update almost along the weights."""
+    a, c, P = sums.before_square, sums.update_square, sums.tangential_square
+    in_range = ((a >= SMALLEST) & (a <= LARGEST)) | (a == 0)
+    return bool((in_range & (TANGENTIAL_SHARE * c <= P)).all())
 
 
 def plain_sums(update: LowRankUpdate) -> UnitSums:
@@ -86,5 +130,11 @@ def plain_sums(update: LowRankUpdate) -> UnitSums:
         w = before[block].to(torch.float64)
         a[block] = torch.einsum("nk,nk->n", w, w)
         e[block] = scaling * torch.einsum("nr,nr->n", w @ A.T, B[block])
-    c = scaling**2 * torch.einsum("nr,rs,ns->n", B, A @ A.T, B)
+    c = _update_squares(update)
     return UnitSums(a, e, c, (c - ratio(e, a) * e).clamp_min(0.0))
+
+
+def _update_squares(update: LowRankUpdate) -> Tensor:
+    A, B = update.A.to(torch.float64), update.B.to(torch.float64)
+    c: Tensor = update.scaling**2 * torch.einsum("nr,nr->n", B @ (A @ A.T), B)
+    return c

@@ -18,14 +18,7 @@ import triton
 import triton.language as tl
 
 from dora_dynamics._kernels import low_rank
-from dora_dynamics._kernels.sums import (
-    LARGEST,
-    SMALLEST,
-    TANGENTIAL_SHARE,
-    UnitSums,
-    from_array,
-    ratio,
-)
+from dora_dynamics._kernels.sums import UnitSums, from_array, ratio
 from dora_dynamics._kernels.triton_path import element_type, on_device, to_host
 
 if TYPE_CHECKING:
@@ -145,7 +138,7 @@ def sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
     waiting = iter(fast)
     return [
         found
-        if _fits(update) and _believable(found := next(waiting))
+        if _fits(update) and low_rank.is_believable(found := next(waiting))
         else low_rank.plain_sums(update)
         for update in updates
     ]
@@ -159,12 +152,6 @@ def _fits(update: LowRankUpdate) -> bool:
         and 1 in before.stride()
         and update.A.device == update.B.device == before.device
     )
-
-
-def _believable(sums: UnitSums) -> bool:
-    a, c, P = sums.before_square, sums.update_square, sums.tangential_square
-    in_range = ((a >= SMALLEST) & (a <= LARGEST)) | (a == 0)
-    return bool((in_range & (TANGENTIAL_SHARE * c <= P)).all())
 
 
 def queue(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, list[int]]:

@@ -1,0 +1,203 @@
+"""Run: `python -m analyses.performance [--quick] [--device cpu|cuda]`.
+
+How fast each path of `dora_dynamics._kernels` reads weights, beside the limit and the naive ways.
+
+All ways of one case are timed in turns, in one run: median, and spread as half the interquartile
+range over it. `fraction` is of the bandwidth measured in the same turns: on a GPU that of a large
+device-to-device copy (bytes read plus written), on the CPU that of memcmp over the same buffers
+(for weights that fit in a cache: over the first case's). The naive ways are the difference of two
+norms and `1 − cosine_similarity`, in the weights' own dtype and, because that is wrong, in float64.
+A low-rank change is held against the same after building W', in float32 and float64; its bytes
+are those of W_0. "To host" is wall time until all numbers are in host memory; other rows of a GPU
+are device time, ours through a captured graph, so that gaps between launches do not count.
+
+Writes analyses/results/performance_<machine>.csv, and figures/performance.{png,svg} from the
+tables of all machines found there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from analyses._performance import (
+    SEED,
+    Case,
+    cpu_ways,
+    exact,
+    extra_memory,
+    gpu_ways,
+    in_turns,
+    relative_error,
+    weights,
+)
+from dora_dynamics.plotting import save
+from dora_dynamics.provenance import machine, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LLAMA_LAYER: Final = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+LIMITS: Final = ("read", "copy")
+CACHE: Final = 1 << 28
+"""Bytes of data below which a bandwidth measured over them may be a cache's."""
+TARGETS: Final = {
+    ("LLaMA-7B, bf16", "triton"): 0.9,
+    ("BERT-base, fp32", "triton"): 0.9,
+    ("MiniLM, fp32", "triton"): 0.6,
+    ("4096×4096, fp32", "numpy blocks"): 0.3,
+    ("4096×4096, fp32", "numba"): 0.6,
+    ("4096×4096, bf16", "numpy blocks"): 0.15,
+    ("4096×4096, bf16", "numba"): 0.4,
+}
+"""The fraction of bandwidth that a way is to reach, by case and way."""
+
+
+def transformer(layers: int, width: int, inner: int) -> list[tuple[int, int]]:
+    """Shapes of a BERT-like encoder's matrices."""
+    return ([(width, width)] * 4 + [(inner, width), (width, inner)]) * layers
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """What is measured on each kind of device."""
+    half, single = torch.bfloat16, torch.float32
+    if quick:
+        return [
+            Case("64×96, fp32", [(64, 96)] * 2, single),
+            Case("64×96, bf16", [(64, 96)], half),
+            Case("64×96, bf16, rank 4", [(64, 96)], half, rank=4),
+        ]
+    if device == "cpu":
+        return [
+            Case("4096×4096, fp32", [(4096, 4096)], single, sets=4),
+            Case("4096×4096, bf16", [(4096, 4096)], half, sets=8),
+            Case("4096×4096, fp16", [(4096, 4096)], torch.float16, sets=8),
+            Case("Conv1D 768×3072, fp32", [(3072, 768)] * 12, single, sets=2, transposed=True),
+            Case("384×384, fp32", [(384, 384)], single),
+            Case("768×768, fp32", [(768, 768)], single),
+            Case("384×384, bf16", [(384, 384)], half),
+            Case("768×768, bf16", [(768, 768)], half),
+            Case("MiniLM, fp32", transformer(6, 384, 1536), single, sets=4),
+            Case("4096×4096, fp32, rank 16", [(4096, 4096)], single, rank=16),
+            Case("4096×4096, fp32, rank 128", [(4096, 4096)], single, rank=128),
+        ]
+    return [
+        Case("LLaMA-7B, bf16", LLAMA_LAYER * 32, half),
+        Case("28672×8192, bf16", [(28672, 8192)], half, sets=2),
+        Case("BERT-base, fp32", transformer(12, 768, 3072), single, sets=2),
+        Case("MiniLM, fp32", transformer(6, 384, 1536), single, sets=6),
+        Case("GPT-2 Conv1D, fp32", transformer(12, 768, 3072), single, sets=2, transposed=True),
+        Case("LLaMA-7B, bf16, rank 16", LLAMA_LAYER * 32, half, rank=16),
+        Case("LLaMA-7B, bf16, rank 128", LLAMA_LAYER * 32, half, rank=128),
+        Case("LLaMA-7B layer, fp32, rank 16", LLAMA_LAYER, single, rank=16),
+    ]
+
+
+def measure(case: Case, device: str, rounds: int, limit: float) -> pd.DataFrame:
+    """One row per way; `limit` is the bandwidth to compare with where none is measured here."""
+    sets = weights(case, device)
+    reference = exact(case, sets[0])
+    ways = cpu_ways(case, sets) if device == "cpu" else gpu_ways(case, sets)
+    seconds = in_turns(ways, rounds, device)
+    itemsize = torch.empty((), dtype=case.dtype).element_size()
+    elements = sum(units * features for units, features in case.shapes)
+    size = itemsize * elements * (1 if case.rank else 2)
+    if "copy" in ways:
+        limit = 4 * 2 * (1 << 29) / float(np.median(seconds["copy"]))
+    elif "read" in ways and (size * case.sets >= CACHE or not limit):
+        limit = size / float(np.median(seconds["read"]))
+    naive, right = (float(np.median(seconds[name])) for name in ("naive", "naive, float64"))
+    rows = []
+    for name, way in ways.items():
+        median = float(np.median(seconds[name]))
+        low, high = np.quantile(seconds[name], [0.25, 0.75])
+        row = {"case": case.name, "path": name, "matrices": len(case.shapes), "bytes": size}
+        row |= {"dtype": str(case.dtype).removeprefix("torch."), "rank": case.rank}
+        row |= {"median_ms": 1e3 * median, "spread": (high - low) / 2 / median}
+        fraction = 1.0 if name in LIMITS else size / median / limit
+        row |= {"fraction": fraction, "limit_gb_per_s": limit / 1e9}
+        row |= {"times_naive": naive / median, "times_naive_float64": right / median}
+        row |= {"extra_mb": extra_memory(way.run) / 1e6, "target": TARGETS.get((case.name, name))}
+        row["relative_error"] = relative_error(way.result, reference) if way.result else np.nan
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def draw(tables: Sequence[pd.DataFrame]) -> Figure:
+    """One panel per machine: the fraction of bandwidth of each way, and the contract's targets."""
+    colours = {"naive": "#999999", "naive, float64": "#cccccc"}
+    heights = [len(table) for table in tables]
+    figure = Figure(figsize=(7.5, 0.6 + 0.2 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, table in zip(panels, tables, strict=True):
+        at = np.arange(len(table))
+        panel.barh(at, table["fraction"], color=[colours.get(p, "#0072B2") for p in table["path"]])
+        panel.plot(table["target"], at, "|", color="#D55E00", markersize=9, markeredgewidth=2.5)
+        ends = table[["fraction", "target"]].max(axis=1)
+        for y, end, path, fraction, times in zip(
+            *(at, ends, table["path"], table["fraction"], table["times_naive_float64"]), strict=True
+        ):
+            said = "" if path.startswith("naive") else f", {times:.0f}× naive in float64"
+            panel.annotate(
+                f"{fraction:.2f}{said}", (end, y), (5, 0), textcoords="offset points",
+                va="center", fontsize=7,
+            )  # fmt: skip
+        panel.set_yticks(at, table["case"] + ": " + table["path"], fontsize=7)
+        panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
+        panel.set(xlim=(0, 1.5), ylim=(len(table) - 0.5, -0.5))
+        panel.set_title(table["machine"].iloc[0], fontsize=9, loc="left")
+    panels[-1].set_xlabel("fraction of measured bandwidth (orange: what the contract asks for)")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, writes the table and the figure, and prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m analyses.performance")
+    parser.add_argument("--quick", action="store_true", help="tiny weights, to see that it runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each way")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder to write in (default: .)")
+    options = parser.parse_args(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    tables: list[pd.DataFrame] = []
+    limit = 0.0
+    for case in cases(device, options.quick):
+        table = measure(case, device, 2 if options.quick else options.rounds, limit)
+        limit = limit or 1e9 * float(table["limit_gb_per_s"].iloc[0])
+        tables.append(table)
+        shown = ["case", "path", "median_ms", "spread", "fraction", "target"]
+        shown += ["times_naive", "times_naive_float64", "extra_mb", "relative_error"]
+        print(table[shown].to_string(index=False, float_format="{:.3g}".format), flush=True)
+    found = versions() | {"numba": version("numba"), "triton": version("triton")}
+    table = pd.concat(tables, ignore_index=True)
+    table = table.assign(machine=machine(), seed=SEED, versions=json.dumps(found))
+
+    results = options.out / "analyses" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    kind = torch.cuda.get_device_name() if device == "cuda" else f"cpu-{platform.machine()}"
+    name = f"performance_{kind.lower().replace(' ', '-')}.csv"
+    table.to_csv(results / name, index=False, float_format="%.6g")
+    stored = [pd.read_csv(path) for path in sorted(results.glob("performance_*.csv"))]
+    save(draw([t[~t["path"].isin(LIMITS)] for t in stored]), options.out / "figures/performance")
+
+
+def version(package: str) -> str:
+    """The version of an optional package, "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()
