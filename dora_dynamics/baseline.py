@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dora_dynamics.effective import Dense, EffectiveWeight
+from dora_dynamics.effective import Dense, EffectiveWeight, version_of
 from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
 from dora_dynamics.followed import Followed, follow
 from dora_dynamics.measurement import measure_all
@@ -182,6 +182,11 @@ class Baselines:
                 self.weights[name] = weight
                 self._shared.discard(name)
 
+    def confirm(self) -> None:
+        """Take frozen weights for W_0 as they are now: what was written to them was checked."""
+        for name in list(self._shared):
+            self._share(name, self.weights[name])
+
     def before_step(self) -> None:
         """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
         for name in list(self._shared):
@@ -262,7 +267,7 @@ class Baselines:
 
     def _share(self, name: str, stored: Tensor) -> None:
         self._shared.add(name)
-        self._versions[name] = stored._version
+        self._versions[name] = version_of(self._followed[name].module, stored)
         if hasattr(self, "weights"):
             self.weights[name] = stored
 
@@ -281,13 +286,13 @@ class Baselines:
         weight = self.weights[name]
         if self._followed[name].stored() is not weight:
             self._shared.discard(name)  # it has a new weight, and the old one is still W_0
-        elif weight._version != self._versions[name]:
+        elif version_of(self._followed[name].module, weight) != self._versions[name]:
             warnings.warn(
                 f"the frozen weight of {name} was changed in place after the recorder "
                 "was made; make the recorder after the weights are loaded.",
                 stacklevel=5,
             )
-            self._versions[name] = weight._version
+            self._versions[name] = version_of(self._followed[name].module, weight)
 
     def _check_shapes(self) -> None:
         for name, weight in self.weights.items():

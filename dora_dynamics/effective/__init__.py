@@ -14,6 +14,7 @@ from dora_dynamics.effective.reading import magnitude_parameter as magnitude_par
 from dora_dynamics.effective.reading import method_of as method_of
 from dora_dynamics.effective.reading import quantization_below as quantization_below
 from dora_dynamics.effective.reading import stored_parameter as stored_parameter
+from dora_dynamics.effective.reading import version_of as version_of
 from dora_dynamics.effective.registry import (
     register_effective_weight as register_effective_weight,
 )

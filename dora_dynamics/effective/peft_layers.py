@@ -96,6 +96,11 @@ def is_merged(module: nn.Module) -> bool:
     return any(bool(cast("Any", layer).merged_adapters) for layer in _chain(resolved(module)))
 
 
+def rewrites_in_forward(module: nn.Module) -> bool:
+    """Whether a layer puts its base parameter away and back in every forward pass."""
+    return any(type(layer).__name__ == "ParamWrapper" for layer in _chain(resolved(module)))
+
+
 def method_name(module: nn.Module) -> str:
     """Name of the method of a tuner layer: "LoRA", "DoRA", "OFT" and so on."""
     package = _package(module)

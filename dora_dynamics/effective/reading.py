@@ -123,6 +123,11 @@ def base_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     return dense_weight(module if base is module else base, parameter)
 
 
+def version_of(module: nn.Module, stored: Tensor) -> int:
+    """Torch's count of in-place changes to a stored weight; 0 where a mere forward pass counts."""
+    return 0 if peft_layers.rewrites_in_forward(module) else stored._version
+
+
 def is_merged(module: nn.Module) -> bool:
     """Whether a PEFT adapter is merged into the weight below it."""
     return peft_layers.is_merged(module)

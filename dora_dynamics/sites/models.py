@@ -113,7 +113,9 @@ def _adapted(module: nn.Module) -> nn.Module:
     """The layer below PEFT's tuner layers and copies, which says what kind of weight it is."""
     for _ in range(16):
         below = getattr(module, "base_layer", None)
-        if below is None and hasattr(module, "modules_to_save"):
+        if below is None and (
+            hasattr(module, "modules_to_save") or hasattr(module, "token_adapter")
+        ):
             below = getattr(module, "original_module", None)
         if not isinstance(below, nn.Module):
             return module

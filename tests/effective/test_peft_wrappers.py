@@ -1,0 +1,315 @@
+"""PEFT's less usual layers: parameters of experts, attention modules, copies, tokens, mixtures."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import dora_dynamics as dd
+from dora_dynamics.baseline import BaselineError
+from dora_dynamics.effective import (
+    LowRank,
+    NoDenseWeightError,
+    dense_weight,
+    effective_weight,
+    magnitude_parameter,
+    method_of,
+    stored_parameter,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+class Attention(nn.Module):
+    """Torch's own attention, whose query, key and value share one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.up(self.attn(x, x, x)[0]).tanh())
+        return y
+
+
+class Tagger(nn.Module):
+    """An embedding, a linear layer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 8)
+        self.query = nn.Linear(8, 12)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.norm(self.query(self.embed_tokens(x))))
+        return y
+
+
+def experts() -> Any:
+    config = MixtralConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3,
+        num_experts_per_tok=2, max_position_embeddings=16,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+def run(model: Any, recorder: dd.Recorder | None, batch: torch.Tensor) -> list[float]:
+    """A few steps, recorded or not."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+
+    def train() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(batch)
+            loss = (out.logits if hasattr(out, "logits") else out).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+    if recorder is None:
+        train()
+    else:
+        with recorder.attach(optimizer):
+            train()
+    return losses
+
+
+class TestExperts:
+    """`target_parameters`: one adapter for all experts that are stored in one parameter."""
+
+    config: ClassVar[dict[str, Any]] = {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+
+    def test_each_parameter_by_merging_a_copy(self) -> None:
+        torch.manual_seed(0)
+        model = experts()
+        before = copy.deepcopy(model)
+        plain = copy.deepcopy(model)
+        torch.manual_seed(1)
+        adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**self.config))
+        torch.manual_seed(1)
+        unwatched: Any = peft.get_peft_model(plain, peft.LoraConfig(**self.config))
+        targets = ["expert_down", "expert_gate", "expert_up", "query"]
+        recorder = dd.Recorder(adapted, targets, every=1)
+        batch = torch.arange(8).reshape(2, 4)
+        assert run(adapted, recorder, batch) == run(unwatched, None, batch)
+        for ours, theirs in zip(adapted.parameters(), unwatched.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        merged = copy.deepcopy(adapted).double().merge_and_unload()
+        rows: Any = recorder.trajectory.query("step == 3").set_index("site")
+        assert len(rows) == 3 * 3 + 1
+        layer = "model.layers.0.mlp.experts"
+        for parameter in ("gate_up_proj", "down_proj"):
+            now = getattr(merged.get_submodule(layer), parameter)
+            wrapper = adapted.base_model.model.get_submodule(layer)
+            torch.testing.assert_close(dense_weight(wrapper, parameter), now, rtol=0, atol=1e-12)
+            was = getattr(before.get_submodule(layer), parameter).double()
+            assert not torch.equal(was, now)
+            if parameter == "down_proj":
+                for expert in range(3):
+                    change = dd.weight_change(was[expert], now[expert])
+                    row = rows.loc[f"{layer}.down_proj[{expert}]"]
+                    assert row["update_norm"] == pytest.approx(change.update_norm, rel=1e-6)
+
+
+class TestMultiheadAttention:
+    """PEFT merges and unmerges torch's attention in every forward pass."""
+
+    def adapted(self, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        model = Attention()
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["attn"]))
+
+    def test_in_proj(self) -> None:
+        model, other = self.adapted(), self.adapted()
+        before = model.base_model.model.attn.base_layer.in_proj_weight.detach().clone()
+        recorder = dd.Recorder(model, ["query", "key", "value"], every=1)
+        batch = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+        assert run(model, recorder, batch) == run(other, None, batch)
+        merged = copy.deepcopy(model).double().merge_and_unload().attn.in_proj_weight
+        rows: Any = recorder.trajectory.query("step == 3").set_index("role")
+        for i, role in enumerate(("query", "key", "value")):
+            part = slice(8 * i, 8 * (i + 1))
+            change = dd.weight_change(before[part].double(), merged[part])
+            assert rows.loc[role, "update_norm"] == pytest.approx(change.update_norm, rel=1e-4)
+
+
+class TestCopies:
+    """`modules_to_save` and trainable tokens: what trains is a copy beside the original."""
+
+    def test_modules_to_save(self) -> None:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=2, target_modules=["query"], modules_to_save=["head", "norm", "embed_tokens"]
+        )
+        model: Any = peft.get_peft_model(Tagger(), config)
+        recorder = dd.Recorder(
+            model, ["head", "norm", "embed_tokens"], every=1, method="LoRA with a trained head"
+        )
+        before = model.base_model.model.head.original_module.weight.detach().clone()
+        run(model, recorder, torch.arange(8).reshape(2, 4))
+        wrapper = model.base_model.model.head
+        trained = wrapper.modules_to_save["default"].weight.detach()
+        assert torch.equal(dense_weight(wrapper), trained)
+        assert magnitude_parameter(wrapper) is wrapper.modules_to_save["default"].weight
+        assert method_of(wrapper) == "FT"
+        rows: Any = recorder.trajectory.query("step == 3").set_index("site")
+        change = dd.weight_change(before, trained)
+        assert rows.loc["head", "delta_direction"] == change.delta_direction > 0
+        assert rows.loc["norm", "update_norm"] > 0
+        assert rows.loc["embed_tokens", "update_norm"] > 0
+        with model.disable_adapter():
+            assert torch.equal(dense_weight(wrapper), before)
+
+    def test_trainable_tokens_beside_lora(self) -> None:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=2, target_modules=["query"], trainable_token_indices={"embed_tokens": [1, 3]}
+        )
+        model: Any = peft.get_peft_model(Tagger(), config)
+        recorder = dd.Recorder(model, ["embed_tokens"], every=1)
+        run(model, recorder, torch.arange(8).reshape(2, 4))
+        wrapper = model.base_model.model.embed_tokens
+        moved = (dense_weight(wrapper) != wrapper.original_module.weight).any(1)
+        assert moved.nonzero().flatten().tolist() == [1, 3]
+        assert recorder.method == "trainable tokens"
+        assert recorder.trajectory.query("step == 3")["update_norm"].item() > 0
+
+
+class TestSeveralMethods:
+    """Different tuners on one model, and one around another."""
+
+    def test_mixed_model(self) -> None:
+        torch.manual_seed(0)
+        model: Any = peft.PeftMixedModel(
+            Tagger(), peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False), "one"
+        )
+        model.add_adapter("two", peft.LoHaConfig(r=2, target_modules=["query"], init_weights=False))
+        model.set_adapter(["one", "two"])
+        layer = model.base_model.model.query
+        x = torch.randn(5, 8)
+        model.eval()
+        with torch.no_grad():
+            expected = layer(x) - layer(torch.zeros_like(x))
+        torch.testing.assert_close(x @ dense_weight(layer).float().T, expected)
+
+
+class TestLoRA:
+    """What the direct formula gives."""
+
+    def model(self, **options: Any) -> Any:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, **options)
+        return peft.get_peft_model(Tagger(), config)
+
+    def test_two_adapters_by_their_factors(self) -> None:
+        model = self.model(lora_alpha=3)
+        other = peft.LoraConfig(
+            r=3, lora_alpha=5, use_rslora=True, target_modules=["query"], init_lora_weights=False
+        )
+        model.add_adapter("other", other)
+        model.base_model.set_adapter(["default", "other"])
+        layer = model.base_model.model.query
+        weight = effective_weight(layer)
+        assert isinstance(weight, LowRank)
+        assert weight.A.shape == (5, 8)
+        merged = copy.deepcopy(model).double().merge_and_unload()
+        torch.testing.assert_close(dense_weight(layer), merged.query.weight.detach())
+        model.base_model.set_adapter("other")
+        assert isinstance(alone := effective_weight(layer), LowRank)
+        assert alone.A.shape == (3, 8)
+
+    def test_decay_is_of_the_magnitude_vector(self) -> None:
+        layer = self.model(use_dora=True).base_model.model.query
+        assert magnitude_parameter(layer) is layer.lora_magnitude_vector["default"].weight
+        layer = self.model().base_model.model.query
+        assert magnitude_parameter(layer) is layer.base_layer.weight
+
+    def test_frozen_base_is_not_copied(self) -> None:
+        model = self.model()
+        recorder = dd.Recorder(model, ["query"])
+        layer = model.base_model.model.query
+        assert stored_parameter(layer) is layer.base_layer.weight
+        assert recorder._baseline.weights["query"] is layer.base_layer.weight
+
+    def test_recorder_made_before_the_adapter(self) -> None:
+        torch.manual_seed(0)
+        plain = Tagger()
+        recorder = dd.Recorder(plain, ["query"], every=1)
+        model: Any = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["query"]))
+        run(model, recorder, torch.arange(8).reshape(2, 4))
+        assert recorder.method == "LoRA"
+        assert recorder.trajectory.query("step == 3")["update_norm"].item() > 0
+        assert recorder._baseline.weights["query"] is model.base_model.model.query.base_layer.weight
+
+    def test_merging_while_recorded_is_refused(self) -> None:
+        model = self.model()
+        recorder = dd.Recorder(model, ["query"])
+        model.merge_adapter()
+        with pytest.raises(BaselineError, match="has been merged into its base weight"):
+            recorder.record()
+
+    def test_merging_while_recorded_from_a_captured_baseline(self) -> None:
+        torch.manual_seed(0)
+        plain = Tagger()
+        baseline = dd.capture_baseline(plain, ["query"])
+        config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+        model: Any = peft.get_peft_model(plain, config)
+        unmerged = dd.Recorder(model, ["query"], baseline=baseline)
+        unmerged.record()
+        model.merge_adapter()
+        merged = dd.Recorder(model, ["query"], baseline=baseline)
+        merged.record()
+        for column in ("delta_direction", "delta_magnitude"):
+            ours, theirs = (r.trajectory[column].item() for r in (merged, unmerged))
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+    def test_bfloat16_base_with_float32_factors(self) -> None:
+        torch.manual_seed(0)
+        plain = Tagger().bfloat16()
+        model: Any = peft.get_peft_model(
+            plain, peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights="olora")
+        )
+        layer = model.base_model.model.query
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        expected = layer.base_layer.weight.double() + 4 * B.double() @ A.double()
+        torch.testing.assert_close(dense_weight(layer), expected, rtol=0, atol=1e-12)
+
+    @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
+    def test_grouped_convolution_is_refused_or_right(self) -> None:
+        torch.manual_seed(0)
+
+        class Grouped(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(4, 8, 3, groups=2, padding=1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y: torch.Tensor = self.conv(x)
+                return y
+
+        config = peft.LoraConfig(r=4, target_modules=["conv"], init_lora_weights=False)
+        model: Any = peft.get_peft_model(Grouped(), config).eval()
+        layer = model.base_model.model.conv
+        x = torch.randn(2, 4, 5, 5)
+        try:
+            weight = dense_weight(layer).float()
+        except NoDenseWeightError:
+            return
+        again = nn.functional.conv2d(x, weight, layer.base_layer.bias, padding=1, groups=2)
+        torch.testing.assert_close(again, layer(x), rtol=1e-5, atol=1e-5)
