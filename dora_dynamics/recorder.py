@@ -20,7 +20,7 @@ from dora_dynamics.metrics import role_means
 from dora_dynamics.optimizers import StepDecay, settings, unwrapped, was_skipped
 from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
-from dora_dynamics.schedule import Schedule, schedule
+from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
 from dora_dynamics.sites import Site, find_sites
 from dora_dynamics.trajectory import to_table, trajectory_row
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
+    from dora_dynamics.resume import Progress
     from dora_dynamics.run_directory import StrPath
 
-Keep = Literal["units", "weights"]
 Granularity = Literal["matrix", "head"]
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class Recorder:
         self.method = method or common_method(self._followed)
         self.step = 0
         self._wanted = schedule(every)
-        self._keep = _kept(keep)
+        self._keep = kept_kinds(keep)
         run_directory.as_json(dict(hyperparameters or {}), "hyperparameters")
         self._baseline = Baselines(model, self.sites, self._followed, baseline)
         self._decay = dict.fromkeys(self._followed, 0.0)
@@ -141,6 +141,7 @@ class Recorder:
         self._last_recorded: int | None = None
         self._directory: Path | None = None
         self._hooks: list[RemovableHandle] = []
+        self._resumed: Progress | None = None
         self._counts_steps = True
         self.run = self._name()
         self._info = RunInfo(
@@ -175,19 +176,13 @@ class Recorder:
         arguments, and what is raised, are those of `Recorder`.
         """
         if keep is not None:
-            self._keep = _kept(keep)
+            self._keep = kept_kinds(keep)
             self._info = replace(self._info, keep=sorted(self._keep))
         if resume is not None:
             progress = read_progress(run_dir, resume, self.sites)
             progress.check(self.sites, self.axis)
-            self._baseline.replace(
-                choose_baseline(
-                    progress,
-                    self.sites,
-                    self._baseline.weights,
-                    lambda: snapshots.load_baseline(run_dir),
-                )
-            )
+            self._resumed = progress
+            self._check_baseline()
             self.step, self._rows = progress.step, progress.rows
             self._last_recorded, self._decay = progress.last_recorded, progress.total_decay
             self.run, self.method = progress.info.run, progress.info.method
@@ -262,6 +257,7 @@ class Recorder:
         watched = [unwrapped(optimizer) for optimizer in optimizers]
         self._followed = follow(self._model, self.sites)
         self._baseline.settle(self._followed)
+        self._check_baseline()
         self._check_trains(watched)
         self._settle_names()
         self._info.hyperparameters.update(settings(watched))
@@ -274,6 +270,13 @@ class Recorder:
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
             ]
+
+    def _check_baseline(self) -> None:
+        """Where a run is resumed: whether W_0 is still what it was, also after the loading."""
+        if self._resumed is not None:
+            chosen = choose_baseline(self._resumed, self.sites, self._baseline.weights)
+            self._baseline.replace(chosen)
+            self._baseline.confirm()
 
     def finish(self, *, record: bool = True) -> None:
         """What leaving `attach` does: let go of the optimizer and record the last step."""
@@ -378,14 +381,6 @@ class Recorder:
     def _write_info(self) -> None:
         if self._directory is not None:
             run_directory.write_info(self._directory, self._info)
-
-
-def _kept(keep: Keep | Collection[Keep]) -> frozenset[str]:
-    kinds = frozenset([keep] if isinstance(keep, str) else keep)
-    unknown = kinds - set(get_args(Keep))
-    if unknown:
-        raise ValueError(f"keep may name 'units' and 'weights', not {sorted(unknown)}.")
-    return kinds
 
 
 def _model_name(model: nn.Module) -> str:

@@ -18,9 +18,10 @@ from dora_dynamics.run_directory import (
     read_info,
     read_run,
 )
+from dora_dynamics.snapshots import load_baseline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -135,10 +136,7 @@ def read_progress(
 
 
 def choose_baseline(
-    progress: Progress,
-    sites: Sequence[Site],
-    of_model: Mapping[str, Tensor],
-    kept: Callable[[], Mapping[Site, Tensor]],
+    progress: Progress, sites: Sequence[Site], of_model: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """W_0 of every tensor: the model's own where it is still that, else the one the run kept.
 
@@ -146,7 +144,6 @@ def choose_baseline(
         progress: of the run.
         sites: the sites that are followed.
         of_model: the weights that the recorder found in the model.
-        kept: reads what the run kept.
 
     Raises:
         RunDirectoryError: the model's weights have moved on and the run kept none.
@@ -155,7 +152,7 @@ def choose_baseline(
     if not moved:
         return dict(of_model)
     try:
-        stored = {site.tensor: weight for site, weight in kept().items()}
+        kept = load_baseline(progress.directory)
     except RunDirectoryError:
         raise RunDirectoryError(
             f"the weight of {moved[0].name} is not the one that {progress.directory} started "
@@ -163,6 +160,7 @@ def choose_baseline(
             "checkpoint is loaded into the model, or record with keep='weights', which keeps the "
             "baseline."
         ) from None
+    stored = {site.tensor: weight for site, weight in kept.items()}
     changed = {site.tensor for site in moved}
     return {
         name: stored[name].to(weight.device) if name in changed else weight

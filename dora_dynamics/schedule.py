@@ -1,11 +1,13 @@
-"""When to record: every so many steps, at listed steps, or whenever a callable says so."""
+"""When to record, and what to keep beside the table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Literal, get_args
 
 import numpy as np
 
+Keep = Literal["units", "weights"]
 Schedule = int | Collection[int] | Callable[[int], bool]
 
 
@@ -26,3 +28,16 @@ def schedule(every: Schedule) -> Callable[[int], bool]:
         steps = frozenset(int(step) for step in every)
         return lambda step: step in steps
     raise ValueError(f"every must be a number, a list of steps or a callable, not {every!r}.")
+
+
+def kept_kinds(keep: Keep | Collection[Keep]) -> frozenset[str]:
+    """The kinds of files that `keep` names.
+
+    Raises:
+        ValueError: it names something else.
+    """
+    kinds = frozenset([keep] if isinstance(keep, str) else keep)
+    unknown = kinds - set(get_args(Keep))
+    if unknown:
+        raise ValueError(f"keep may name 'units' and 'weights', not {sorted(unknown)}.")
+    return kinds
