@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dora_dynamics.effective import register_effective_weight as register_effective_weight
     from dora_dynamics.recorder import Recorder as Recorder
     from dora_dynamics.run_directory import load_runs as load_runs
+    from dora_dynamics.sites import register_linear as register_linear
     from dora_dynamics.snapshots import load_units as load_units
     from dora_dynamics.snapshots import remeasure as remeasure
     from dora_dynamics.statistics import coupling as coupling
@@ -50,6 +51,7 @@ _HOME = {
     "merge": "adapters",
     "register_dequantizer": "effective",
     "register_effective_weight": "effective",
+    "register_linear": "sites",
     "remeasure": "snapshots",
     "select_checkpoints": "statistics",
     "weight_change": "decomposition",

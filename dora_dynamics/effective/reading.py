@@ -38,10 +38,13 @@ def effective_weight(module: nn.Module, parameter: str = "weight") -> EffectiveW
         ...     def forward(self, weight): return self.gain * weight
         >>> parametrize.register_parametrization(model.query, "weight", Gain())
 
-    nor if the module is affine and has `in_features` and `out_features` (or a `base_layer`):
+    nor if the module wraps the layer it adapts as its `base_layer` and is affine:
 
-        >>> class TwoLayers(nn.Module):  # y = B (A x): probed, and checked to be affine
-        ...     def forward(self, x): return self.B(self.A(x))
+        >>> class Rotated(nn.Module):  # y = W_0 (x + R x) + b: probed, and checked to be affine
+        ...     def forward(self, x): return self.base_layer(x + x @ self.turn.T)
+
+    An affine module that stands alone says `in_features` and `out_features`, and is made known by
+    `register_linear`.
 
     Args:
         module: the module at a site, as `model.get_submodule` gives it.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from torch import nn
+
+from dora_dynamics.sites import register_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
+_NO_MATRIX: Final = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm)
 _functions: dict[type[nn.Module], Callable[[nn.Module], Tensor]] = {}
 
 
@@ -18,7 +23,9 @@ def register_effective_weight(
     """Say how the effective weight of a module is read.
 
     For an adapter of your own that neither exposes its effective weight as `.weight` nor can be
-    probed (see `probe.probed_weight`), or that is cheaper to read than to probe.
+    probed (see `probe.probed_weight`), or that is cheaper to read than to probe. Modules of the
+    class are followed as linear layers from now on (as `register_linear` makes them be), by their
+    `in_features` and `out_features` or those of their `base_layer`.
 
     Args:
         module_type: class of the module, subclasses included; the last registration of a class
@@ -37,6 +44,8 @@ def register_effective_weight(
         >>> dd.register_effective_weight(ScaledLinear, lambda m: m.gain * m.base_layer.weight)
     """
     _functions[module_type] = function
+    if not issubclass(module_type, _NO_MATRIX):
+        register_linear(module_type)
 
 
 def registered_function(module: nn.Module) -> Callable[[nn.Module], Tensor] | None:

@@ -1,0 +1,265 @@
+"""Adapters nobody has seen: exposed by `.weight`, affine and probed, or read by a function."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import dora_dynamics as dd
+from dora_dynamics.effective import (
+    NoDenseWeightError,
+    dense_weight,
+    method_of,
+    registry,
+    stored_parameter,
+)
+from dora_dynamics.effective.private_copy import private_copy
+from dora_dynamics.sites import models
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def forget_registrations() -> Iterator[None]:
+    functions, classes = dict(registry._functions), list(models._linear_classes)
+    yield
+    registry._functions.clear()
+    registry._functions.update(functions)
+    models._linear_classes[:] = classes
+
+
+class Gain(nn.Module):
+    """As a parametrization: one factor per output."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(outputs, 1))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.gain * weight
+
+
+class Rotated(nn.Module):
+    """A wrapper that turns the input before the frozen layer: affine, and exposes no weight."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.turn = nn.Parameter(torch.zeros(base.in_features, base.in_features))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = x + self.dropout(x) @ (self.turn - self.turn.T)
+        y: torch.Tensor = self.base_layer(turned)
+        return y
+
+
+class Factored(nn.Linear):
+    """As loralib does it: `.weight` is the frozen base, and the factors lie beside it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.A = nn.Parameter(torch.randn(2, inputs))
+        self.B = nn.Parameter(torch.zeros(outputs, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ self.A.T @ self.B.T
+
+
+class Gated(Rotated):
+    """Not affine: the update depends on the input in more than one way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(x)
+        return y * torch.sigmoid(y)
+
+
+class Opaque(nn.Module):
+    """Tells neither its weight nor its size."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.inner = base.requires_grad_(False)
+        self.gain = nn.Parameter(torch.ones(base.out_features, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x) * self.gain.T
+        return y
+
+
+class Net(nn.Module):
+    """Two layers, of which the first is the one that is adapted."""
+
+    def __init__(self, query: nn.Module | None = None) -> None:
+        super().__init__()
+        self.query: Any = query or nn.Linear(6, 9)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.query(x).tanh())
+        return y
+
+
+def run(model: nn.Module, recorder: dd.Recorder | None) -> list[float]:
+    torch.manual_seed(4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+
+    def train() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(torch.randn(5, 6)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+    if recorder is None:
+        train()
+    else:
+        with recorder.attach(optimizer):
+            train()
+    return losses
+
+
+def test_a_parametrization_needs_nothing() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    before = model.query.weight.detach().clone()
+    parametrize.register_parametrization(model.query, "weight", Gain(9))
+    recorder = dd.Recorder(model, ["query"], every=1, method="gain")
+    run(model, recorder)
+    row: Any = recorder.trajectory.query("step == 3").iloc[0]
+    change = dd.weight_change(before, model.query.weight.detach())
+    assert row["delta_direction"] == pytest.approx(change.delta_direction, rel=1e-6)
+    assert change.update_norm > 0
+
+
+@pytest.mark.parametrize("kind", [Rotated, Factored])
+def test_an_affine_module_is_probed(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    query: Any = Rotated(nn.Linear(6, 9)) if kind is Rotated else Factored(6, 9)
+    model = Net(query)
+    other = copy.deepcopy(model)
+    recorder = dd.Recorder(model, ["query"], every=1, method="mine")
+    before = dense_weight(query)
+    assert run(model, recorder) == run(other, None)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    query.eval()
+    with torch.no_grad():
+        expected = (query(torch.eye(6)) - query(torch.zeros(1, 6))).T
+    torch.testing.assert_close(dense_weight(query).float(), expected, rtol=1e-5, atol=1e-6)
+    row: Any = recorder.trajectory.query("step == 3").iloc[0]
+    change = dd.weight_change(before.double(), dense_weight(query).double())
+    assert row["update_norm"] == pytest.approx(change.update_norm, rel=1e-6)
+    assert change.update_norm > 0
+    assert method_of(query) is None
+
+
+def test_a_registered_function_is_asked() -> None:
+    torch.manual_seed(0)
+    model = Net(Opaque(nn.Linear(6, 9)))
+    with pytest.raises(NoDenseWeightError, match=r"Opaque exposes no \.weight"):
+        dense_weight(model.query)
+    model.query.in_features, model.query.out_features = 6, 9
+
+    def read(module: Any) -> torch.Tensor:
+        weight: torch.Tensor = module.gain * module.inner.weight
+        return weight
+
+    dd.register_effective_weight(Opaque, read)
+    recorder = dd.Recorder(model, ["query"], every=1, method="mine")
+    run(model, recorder)
+    change = dd.weight_change(model.query.inner.weight, read(model.query).detach())
+    row: Any = recorder.trajectory.query("step == 3").iloc[0]
+    assert row["delta_magnitude"] == pytest.approx(change.delta_magnitude, rel=1e-6)
+    assert row["delta_magnitude"] > 0
+
+
+def test_an_affine_module_that_stands_alone() -> None:
+    class TwoLayers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 6, 9
+            self.A = nn.Linear(6, 4)
+            self.B = nn.Linear(4, 9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.B(self.A(x))
+            return y
+
+    torch.manual_seed(0)
+    dd.register_linear(TwoLayers)
+    model = Net(TwoLayers())
+    expected = model.query.B.weight.double() @ model.query.A.weight.double()
+    torch.testing.assert_close(dense_weight(model.query), expected.detach(), rtol=0, atol=1e-13)
+    recorder = dd.Recorder(model, ["query"], every=1, method="mine")
+    run(model, recorder)
+    assert [site.name for site in recorder.sites] == ["query"]
+    assert recorder.trajectory["update_norm"].max() > 0
+
+
+def test_a_module_that_is_not_affine_is_refused() -> None:
+    with pytest.raises(NoDenseWeightError, match="Gated is not affine in its input"):
+        dense_weight(Gated(nn.Linear(6, 9)))
+
+
+@pytest.mark.parametrize("sizes", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probing_is_exact(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = Rotated(nn.Linear(*sizes)).to(dtype)
+    nn.init.normal_(module.turn)
+    turn = module.turn.double() - module.turn.double().T
+    expected = module.base_layer.weight.double() @ (torch.eye(sizes[0]) + turn.T)
+    torch.testing.assert_close(dense_weight(module), expected.detach(), rtol=0, atol=1e-13)
+
+
+def test_reading_leaves_hooks_modes_and_random_state_alone() -> None:
+    torch.manual_seed(0)
+    module = Rotated(nn.Linear(6, 9))
+    calls: list[str] = []
+    module.register_forward_hook(lambda *_: calls.append("forward"))
+    module.base_layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    state = torch.get_rng_state()
+    dense_weight(module)
+    assert calls == []
+    assert module.training
+    assert module.dropout.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in module.parameters())
+    assert module.turn.requires_grad
+
+
+def test_private_copy_shares_nothing() -> None:
+    module = Rotated(nn.Linear(6, 9))
+    vars(module)["cache"] = {
+        "kept": (module.turn * 2, [module.base_layer.weight])
+    }  # not a graph leaf
+    copied: Any = private_copy(module)
+    mine = {p.data_ptr() for p in module.parameters()}
+    assert mine.isdisjoint({p.data_ptr() for p in copied.parameters()})
+    assert copied.cache["kept"][1][0] is copied.base_layer.weight
+    assert {p.dtype for p in copied.parameters()} == {torch.float64}
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert not copied.training
+
+
+def test_tied_weights_stay_tied_in_a_copy() -> None:
+    first = nn.Linear(6, 6)
+    second = nn.Linear(6, 6)
+    second.weight = first.weight
+    copied: Any = private_copy(nn.Sequential(first, second))
+    assert copied[0].weight is copied[1].weight
+
+
+def test_a_plain_layer_is_not_copied() -> None:
+    layer = nn.Linear(6, 9)
+    assert dense_weight(layer).data_ptr() == layer.weight.data_ptr()
+    assert stored_parameter(layer) is layer.weight
