@@ -150,14 +150,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write in")
     parser.add_argument("--name", default="reproduction", help="name of the files written")
+    parser.add_argument("--redraw", action="store_true", help="use the runs of the last time")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Fine-tunes, measures, writes the figure and the table, prints what came out."""
-    options = parse(argv)
-    device = torch.device(options.device)
+def fine_tune_all(options: argparse.Namespace, about: Path) -> None:
+    """Train every method with every seed; writes the run directories, and `about` beside them."""
     examples = docstrings.collect(options.examples)
+    device = torch.device(options.device)
     encoder, tokenizer = finetuning.load_encoder(
         options.model or finetuning.default_model(), device
     )
@@ -171,19 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{recipe.method}: {recipe.steps} steps, learning rate {recipe.learning_rate:g}, total "
             f"decay Λ = {recipe.total_decay:.3g} (AdamW weight_decay {recipe.weight_decay:.3g})"
         )
-
-    runs = options.out / "runs" / options.name
     for seed in range(options.seeds):
         for recipe in chosen:
-            score = fine_tune(base, task, recipe, seed, runs)
+            score = fine_tune(base, task, recipe, seed, options.out / "runs" / options.name)
             scores[f"{recipe.method}-seed{seed}"] = asdict(score)
-    trajectory = dd.load_runs([runs / name for name in scores if name != "before"])
-    table = coupling_table(trajectory)
-
-    results = options.out / "analyses" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    table.to_csv(results / f"{options.name}.csv", index=False, float_format="%.6g")
-    about = {
+    content = {
         "recipes": [asdict(recipe) for recipe in chosen],
         "seeds": options.seeds,
         "model": options.model or "all-MiniLM-L6-v2",
@@ -191,14 +183,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": provenance.versions(),
         "machine": provenance.machine(),
     }
-    (results / f"{options.name}.json").write_text(json.dumps(about, indent=2) + "\n")
+    about.parent.mkdir(parents=True, exist_ok=True)
+    about.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tunes, measures, writes the figure and the table, prints what came out."""
+    options = parse(argv)
+    about = options.out / "analyses" / "results" / f"{options.name}.json"
+    if not options.redraw:
+        fine_tune_all(options, about)
+    scores = pd.DataFrame(json.loads(about.read_text())["scores"]).T
+    runs = options.out / "runs" / options.name
+    trajectory = dd.load_runs([runs / name for name in scores.index if name != "before"])
+    table = coupling_table(trajectory)
+    table.to_csv(about.with_suffix(".csv"), index=False, float_format="%.6g")
     late = dd.select_checkpoints(trajectory, count=4, kind="late")
     files = save(magnitude_direction(late), options.out / "figures" / options.name)
 
-    print(f"\n{pd.DataFrame(scores).T.rename_axis('held-out score').round(3).to_string()}")
+    by_method = scores.groupby(scores.index.str.partition("-").get_level_values(0), sort=False)
+    print(f"\nHeld-out score, mean over seeds\n{by_method.mean().round(3).to_string()}")
     print(f"\nCoupling of ΔM and ΔD over four late checkpoints\n{in_words(table)}\n")
     print("\n".join(verdicts(table)))
-    print(f"\nWrote {', '.join(str(file) for file in files)} and {results / options.name}.csv")
+    print(f"\nWrote {', '.join(map(str, [*files, about, about.with_suffix('.csv')]))}")
 
 
 if __name__ == "__main__":

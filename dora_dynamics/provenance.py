@@ -14,6 +14,7 @@ _PACKAGES: Final = (
     "numpy",
     "pandas",
     "scipy",
+    "matplotlib",
     "safetensors",
     "transformers",
     "peft",

@@ -82,6 +82,10 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("value", "DoRA"): -0.95,
     }
 
+    before = (tmp_path / "figures/reproduction.svg").read_bytes()
+    reproduce.main(["--redraw", "--out", str(tmp_path)])
+    assert (tmp_path / "figures/reproduction.svg").read_bytes() == before
+
     runs = dd.load_runs([tmp_path / f"runs/reproduction/{m}-seed0" for m in PAPER_TOTAL_DECAY])
     last = runs[runs["step"] == 5]
     assert len(last) == 3 * 12
