@@ -77,11 +77,15 @@ def resolved(module: nn.Module) -> nn.Module:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """What the module was before PEFT: below its copies, tokens and tuner layers."""
+    """What the module was before it was adapted.
+
+    That is below PEFT's copies and tokens, and below each `base_layer`, as PEFT's layers and many
+    others call the layer that they adapt.
+    """
     if _is_peft(module, "utils.other"):
         module = cast("nn.Module", module.original_module)
-    if is_tuner_layer(module):
-        return cast("nn.Module", cast("Any", module).get_base_layer())
+    while isinstance(below := getattr(module, "base_layer", None), nn.Module):
+        module = below
     return module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
@@ -19,9 +20,8 @@ from dora_dynamics.effective.weights import Dense, EffectiveWeight, LowRank, NoD
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KNOWN_FORWARDS: Final = (
-    nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm,
-)  # fmt: skip
+_KNOWN: Final = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FORWARDS: Final = frozenset(known.forward for known in _KNOWN)
 
 
 def effective_weight(module: nn.Module, parameter: str = "weight") -> EffectiveWeight:
@@ -97,17 +97,15 @@ def stored_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | N
     model, and what it computes is W_0), in a quantised layer, below an adapter that is merged, in
     a module of a user's own.
     """
-    if registered_function(module) is not None:
-        return None
     base = peft_layers.original(module)
+    if registered_function(base) is not None:
+        return None
     inner = peft_layers.resolved(module)
     if peft_layers.is_tuner_layer(inner) and peft_layers.is_merged(inner):
         return None
     if parametrize.is_parametrized(base, parameter):
         return None if adapter_of(base) is None else pretrained_weight(base)
-    if base is module and parameter == "weight" and not _is_plain(module):
-        return None
-    if is_quantized(base):
+    if parameter == "weight" and (is_quantized(base) or not _is_plain(base)):
         return None
     stored = base._parameters.get(parameter)
     return base._buffers.get(parameter) if stored is None else stored
@@ -205,19 +203,15 @@ def _parametrized(module: nn.Module, parameter: str) -> Tensor:
 def _is_plain(module: nn.Module) -> bool:
     """Whether `module.weight` can be taken at its word.
 
-    It can where the class has one of torch's own forwards, or holds nothing but a weight and a
-    bias. What holds more (loralib's Linear keeps its factors beside the frozen weight) is checked.
+    It can, but for a linear layer (or embedding, or convolution) whose class has a forward of its
+    own and which holds parameters beside weight and bias: loralib's Linear keeps its factors so,
+    beside the frozen weight. Such a layer is checked.
     """
-    forward = type(module).forward
-    if any(forward is known.forward for known in _KNOWN_FORWARDS):
-        return True
     if not isinstance(module._parameters.get("weight"), torch.Tensor):
         return hasattr(module, "in_proj_weight")
-    return not module._modules and set(module._parameters) | set(module._buffers) <= {
-        "weight",
-        "bias",
-        "weight_scale_inv",
-    }
+    if not isinstance(module, _KNOWN) or type(module).forward in _FORWARDS:
+        return True
+    return not module._modules and set(module._parameters) <= {"weight", "bias"}
 
 
 def _foreign(module: nn.Module) -> Tensor:
@@ -226,13 +220,12 @@ def _foreign(module: nn.Module) -> Tensor:
     with undisturbed(module):
         copy = private_copy(module)
         exposed = getattr(copy, "weight", None)
-        if isinstance(exposed, torch.Tensor) and exposed.shape == shape:
-            sample = sample_input(leaf, shape, exposed.device)
-            if sample is None or len(shape) != 2 or isinstance(leaf, nn.Embedding):
-                return cast("Tensor", module.weight).detach()
-            difference = copy(sample) - copy(torch.zeros_like(sample))
-            if close(sample @ exposed.T, difference):
-                return exposed.detach()
+        sample = sample_input(leaf, shape, _device(copy))
+        fits = isinstance(exposed, torch.Tensor) and exposed.shape == shape
+        if fits and sample is not None and type(leaf) is nn.Linear:
+            weight = cast("Tensor", exposed).detach()
+            if close(sample @ weight.T, copy(sample) - copy(torch.zeros_like(sample))):
+                return weight
         return probed_weight(copy, leaf, shape, type(module).__name__)
 
 
@@ -252,3 +245,8 @@ def _leaf_of(module: nn.Module) -> tuple[nn.Module, torch.Size]:
         "nor a base_layer by which it could be probed: say how its weight is read with "
         "dora_dynamics.register_effective_weight."
     )
+
+
+def _device(module: nn.Module) -> torch.device:
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device

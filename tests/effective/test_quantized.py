@@ -1,0 +1,218 @@
+"""Quantised bases: decoded to measure from, or measured from the 16-bit weights they came from."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import TYPE_CHECKING, Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import dora_dynamics as dd
+from dora_dynamics.effective import (
+    LowRank,
+    NoDenseWeightError,
+    dense_weight,
+    dequantized,
+    effective_weight,
+    is_quantized,
+    quantized,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+IS_QUANTISED = r"the base weights are quantised"
+
+
+@pytest.fixture(autouse=True)
+def forget_registrations() -> Iterator[None]:
+    before = dict(quantized._dequantizers)
+    yield
+    quantized._dequantizers.clear()
+    quantized._dequantizers.update(before)
+
+
+class Int8Linear(nn.Linear):
+    """The least there is to quantisation: 8-bit codes and one scale per row."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, levels: int = 127) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / levels
+        codes = (layer.weight.detach() / scale).round().to(torch.int8)
+        del self.weight
+        self.register_buffer("weight", None)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.bias = layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.codes * self.scale, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """As GPTQ's layers: `qweight` is packed, and the layer itself unpacks it, (in, out)."""
+
+    qweight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        plain = Int8Linear(layer)
+        self.register_buffer("qweight", plain.codes.T.contiguous())
+        self.register_buffer("scale", plain.scale.T.contiguous())
+        self.bias = layer.bias
+
+    def dequantize_weight(self) -> torch.Tensor:
+        weight: torch.Tensor = self.qweight * self.scale
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x @ self.dequantize_weight() + self.bias
+        return y
+
+
+class Net(nn.Module):
+    """One layer to quantise, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query: Any = nn.Linear(16, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.query(x).tanh())
+        return y
+
+
+class Wrapped(nn.Module):
+    """LoRA by hand around any layer."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.A = nn.Parameter(torch.randn(2, base.in_features))
+        self.B = nn.Parameter(torch.zeros(base.out_features, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base_layer(x) + x @ self.A.T @ self.B.T
+        return y
+
+
+def nets(levels: int = 127) -> tuple[Net, Net]:
+    """A model, and the same with its query quantised."""
+    dd.register_dequantizer(Int8Linear, lambda layer: layer.codes * layer.scale)  # type: ignore[operator]
+    torch.manual_seed(0)
+    plain = Net()
+    quant = copy.deepcopy(plain)
+    quant.query = Int8Linear(plain.query, levels).requires_grad_(False)
+    return plain, quant
+
+
+def run(model: nn.Module, recorder: dd.Recorder) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with recorder.attach(optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(5, 16)).square().mean().backward()
+            optimizer.step()
+
+
+def test_registered_and_self_unpacking_layers() -> None:
+    plain, quant = nets()
+    packed = PackedLinear(plain.query)
+    expected = quant.query.codes * quant.query.scale
+    for layer in (quant.query, packed):
+        assert is_quantized(layer)
+        assert torch.equal(dequantized(layer), expected)
+        assert torch.equal(dense_weight(layer), expected)
+    assert not is_quantized(plain.query)
+
+
+def test_an_unknown_kind_says_what_to_do() -> None:
+    layer = nn.Linear(4, 4)
+    layer.register_buffer("qweight", torch.zeros(2, 4, dtype=torch.int8))
+    with pytest.raises(NoDenseWeightError, match="register_dequantizer"):
+        dequantized(layer)
+
+
+def test_an_adapter_around_a_quantised_layer_is_probed() -> None:
+    _, quant = nets()
+    base = dequantized(quant.query)
+    wrapped = Wrapped(quant.query)
+    nn.init.normal_(wrapped.B)
+    expected = base.double() + wrapped.B.double() @ wrapped.A.double()
+    torch.testing.assert_close(dense_weight(wrapped), expected.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_peft_on_a_quantised_base(options: dict[str, Any], tmp_path: Path) -> None:
+    plain, quant = nets()
+    reference = dequantized(quant.query).double()
+    base = copy.deepcopy(plain)
+    base.query.weight.data = reference.float()  # what PEFT's own classes see of the real ones
+    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, **options)
+    torch.manual_seed(1)
+    model: Any = peft.get_peft_model(base, config)
+    expected = dense_weight(model.base_model.model.query)
+    layer = model.base_model.model.query
+    layer.base_layer = quant.query
+    weight = effective_weight(layer)
+    assert isinstance(weight, LowRank)
+    torch.testing.assert_close(dense_weight(layer), expected)
+    with pytest.warns(UserWarning, match=IS_QUANTISED + r".*Int8Linear.*baseline="):
+        recorder = dd.Recorder(model, ["query"], run_dir=tmp_path / "run")
+    recorder.record()
+    change = dd.weight_change(reference, expected)
+    row: Any = recorder.trajectory.iloc[0]
+    assert row["update_norm"] == pytest.approx(change.update_norm, rel=1e-6)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "dequantised (Int8Linear" in info["baseline"]
+
+
+def test_the_16_bit_reference_tells_how_large_the_error_is(tmp_path: Path) -> None:
+    plain, quant = nets(levels=7)
+    baseline = dd.capture_baseline(plain, ["query"])
+    quant.query = Wrapped(quant.query)
+    recorder = dd.Recorder(
+        quant, ["query"], baseline=baseline, run_dir=tmp_path / "run", method="mine"
+    )
+    with pytest.warns(UserWarning, match=r"quantisation error .* times the update at step 2"):
+        run(quant, recorder)
+    error = (dequantized(quant.query.base_layer) - plain.query.weight).norm()
+    wrapped = quant.query
+    update = (wrapped.B @ wrapped.A).norm()
+    row: Any = recorder.trajectory.query("step == 0").iloc[0]
+    assert row["update_norm"] == pytest.approx(error.item(), rel=1e-5)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert f"is {(error / update).item():.2g} times the update" in info["baseline"]
+    assert "captured from the Net" in info["baseline"]
+
+
+def test_torchao() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = Net()
+    original = model.query.weight.detach().clone()
+    torchao.quantize_(
+        model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda _, name: name == "query"
+    )
+    assert is_quantized(model.query)
+    assert not is_quantized(model.head)
+    error = (dequantized(model.query) - original).norm() / original.norm()
+    assert 0 < error < 0.02
+    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, config).eval()
+    layer = adapted.base_model.model.query
+    with torch.no_grad():
+        expected = (layer(torch.eye(16)) - layer(torch.zeros(1, 16))).T
+    torch.testing.assert_close(dense_weight(layer).float(), expected, rtol=1e-5, atol=1e-6)

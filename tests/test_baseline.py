@@ -1,0 +1,212 @@
+"""W_0: captured, given, read from a checkpoint, or refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import mmap
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import dora_dynamics as dd
+from dora_dynamics.baseline import BaselineError, CapturedBaseline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Build = Callable[[], nn.Module]
+    Train = Callable[..., Any]
+
+TARGETS = ["query", "value"]
+
+
+def adapted(model: nn.Module, start: str | bool = True) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=start)
+    return peft.get_peft_model(model, config)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def row(recorder: dd.Recorder, step: int) -> Any:
+    return recorder.trajectory.query(f"step == {step} and site == 'layers.1.query'").iloc[0]
+
+
+class TestCapture:
+    @pytest.mark.parametrize("start", ["pissa", "olora"])
+    def test_before_a_method_that_rewrites_its_base(
+        self, start: str, tiny_transformer: Build, train: Train, tmp_path: Path
+    ) -> None:
+        model = tiny_transformer()
+        before = model.get_submodule("layers.1.query").weight.detach().clone()  # type: ignore[operator]
+        baseline = dd.capture_baseline(model, TARGETS)
+        model = adapted(model, start)
+        recorder = dd.Recorder(model, TARGETS, every=1, baseline=baseline, run_dir=tmp_path / "run")
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 2)
+        assert row(recorder, 0)["delta_direction"] < 1e-10
+        merged = copy.deepcopy(model).double().merge_and_unload()
+        change = dd.weight_change(
+            before.double(), merged.get_submodule("layers.1.query").weight.detach()
+        )
+        assert row(recorder, 2)["delta_direction"] == pytest.approx(
+            change.delta_direction, rel=1e-6
+        )
+        info = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert info["baseline"].startswith("captured from the TinyTransformer")
+
+    def test_of_what_the_method_already_rewrote_is_refused(self, tiny_transformer: Build) -> None:
+        with pytest.raises(BaselineError, match=r"PiSSA rewrote the base weight of layers\.0"):
+            dd.capture_baseline(adapted(tiny_transformer(), "pissa"), TARGETS)
+
+    def test_owns_its_memory_and_the_recorder_lets_go_of_it(
+        self, tiny_transformer: Build, train: Train
+    ) -> None:
+        model = tiny_transformer()
+        baseline = dd.capture_baseline(model, TARGETS)
+        live = {p.data_ptr() for p in model.parameters()}
+        assert live.isdisjoint(weight.data_ptr() for weight in baseline.weights.values())
+        model = adapted(model)
+        recorder = dd.Recorder(model, TARGETS, every=1, baseline=baseline)
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 1)
+            held = {weight.data_ptr() for weight in recorder._baseline.weights.values()}
+        assert held <= live  # equal to the frozen weights below: those are used
+        assert row(recorder, 1)["update_norm"] > 0
+
+    def test_same_rows_as_without_it(self, tiny_transformer: Build, train: Train) -> None:
+        tables = []
+        for captured in (False, True):
+            torch.manual_seed(0)
+            model = tiny_transformer()
+            baseline = dd.capture_baseline(model, TARGETS) if captured else None
+            dd.apply_dora(model, TARGETS, rank=2, generator=torch.Generator().manual_seed(0))
+            recorder = dd.Recorder(model, TARGETS, every=1, baseline=baseline)
+            optimizer = adamw(model)
+            with recorder.attach(optimizer):
+                train(model, optimizer, 2)
+            tables.append(recorder.trajectory)
+        assert tables[0].equals(tables[1])
+
+    def test_with_fewer_targets_than_the_recorder(self, tiny_transformer: Build) -> None:
+        model = tiny_transformer()
+        baseline = dd.capture_baseline(model, ["query"])
+        with pytest.raises(BaselineError, match=r"holds no 'layers\.0\.value\.weight' \(nor 1"):
+            dd.Recorder(model, TARGETS, baseline=baseline)
+
+
+class TestGiven:
+    def test_state_dict(self, tiny_transformer: Build) -> None:
+        model = tiny_transformer()
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        recorder = dd.Recorder(model, TARGETS, baseline=state)
+        recorder.record()
+        assert row(recorder, 0)["relative_delta_magnitude"] == pytest.approx(0.5, rel=1e-6)
+
+    @pytest.mark.parametrize("prefix", ["", "model."])
+    def test_checkpoint_is_read_lazily(
+        self, prefix: str, tiny_transformer: Build, tmp_path: Path
+    ) -> None:
+        model = tiny_transformer()
+        state = {prefix + name: tensor.clone() for name, tensor in model.state_dict().items()}
+        file = tmp_path / "model.safetensors"
+        safetensors.torch.save_file(state, file)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        for source in (file, tmp_path, str(tmp_path)):
+            recorder = dd.Recorder(model, TARGETS, baseline=source)
+            recorder.record()
+            assert row(recorder, 0)["relative_delta_magnitude"] == pytest.approx(0.5, rel=1e-6)
+            assert str(source) in recorder._info.baseline
+        weight = recorder._baseline.weights["layers.0.query"]
+        assert weight.untyped_storage().nbytes() >= weight.nbytes
+        assert isinstance(mmap.mmap, type)
+
+    def test_checkpoint_below_an_adapter(
+        self, tiny_transformer: Build, train: Train, tmp_path: Path
+    ) -> None:
+        model = tiny_transformer()
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+        model = adapted(model, "pissa")
+        recorder = dd.Recorder(model, TARGETS, every=1, baseline=tmp_path)
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 2)
+        assert row(recorder, 0)["delta_direction"] < 1e-10
+        assert row(recorder, 2)["delta_direction"] > 1e-8
+
+    @pytest.mark.parametrize(
+        ("stored", "live"),
+        [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    )
+    def test_of_another_precision(
+        self, stored: torch.dtype, live: torch.dtype, tiny_transformer: Build
+    ) -> None:
+        """A narrow checkpoint is widened, a wide one rounded as the model was when loaded."""
+        model = tiny_transformer().to(torch.bfloat16)
+        state = {name: tensor.to(stored) for name, tensor in model.state_dict().items()}
+        model = model.to(live)
+        recorder = dd.Recorder(model, TARGETS, baseline=state)
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            pass
+        assert recorder.trajectory["update_norm"].max() == 0
+
+    def test_of_another_shape(self, tiny_transformer: Build) -> None:
+        model = tiny_transformer()
+        state = dict(model.state_dict())
+        state["layers.0.query.weight"] = torch.zeros(3, 9)
+        with pytest.raises(BaselineError, match=r"layers\.0\.query has the shape \(3, 9\)"):
+            dd.Recorder(model, TARGETS, baseline=state)
+
+    def test_an_adapter_is_no_baseline(self, tiny_transformer: Build, tmp_path: Path) -> None:
+        model = adapted(tiny_transformer())
+        model.save_pretrained(tmp_path)
+        with pytest.raises(BaselineError, match="is an adapter"):
+            dd.Recorder(model, TARGETS, baseline=tmp_path)
+
+    def test_nothing_known(self, tiny_transformer: Build) -> None:
+        with pytest.raises(TypeError, match="baseline must be a path"):
+            dd.Recorder(tiny_transformer(), TARGETS, baseline=3)  # type: ignore[arg-type]
+
+    def test_empty(self, tiny_transformer: Build) -> None:
+        with pytest.raises(BaselineError, match=r"holds no 'layers\.0\.query\.weight'"):
+            dd.Recorder(tiny_transformer(), TARGETS, baseline=CapturedBaseline({}, "Other"))
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("start", "name"), [("pissa", "PiSSA"), ("pissa_niter_2", "PiSSA"), ("olora", "OLoRA")]
+    )
+    def test_a_base_that_was_rewritten(
+        self, start: str, name: str, tiny_transformer: Build, tmp_path: Path
+    ) -> None:
+        model = adapted(tiny_transformer(), start)
+        with pytest.raises(BaselineError, match=rf"{name} rewrote .*capture_baseline.*checkpoint"):
+            dd.Recorder(model, TARGETS, run_dir=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("start", ["loftq", "corda", "lora_ga"])
+    def test_is_told_by_the_configuration(self, start: str, tiny_transformer: Build) -> None:
+        """LoftQ needs a GPU to start, so that the configuration of another is made to say it."""
+        model = adapted(tiny_transformer())
+        model.peft_config["default"].init_lora_weights = start
+        with pytest.raises(BaselineError, match="rewrote the base weight"):
+            dd.Recorder(model.base_model.model, TARGETS)
+
+    def test_an_adapter_of_another_layer_does_not_matter(self, tiny_transformer: Build) -> None:
+        model = adapted(tiny_transformer(), "pissa")
+        dd.Recorder(model, ["key"]).record()
