@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def compare_checkpoints(
     steps: Sequence[int] | None = None,
     granularity: Granularity = "matrix",
     transposed: Sequence[str] = (),
-    jobs: int = 1,
+    jobs: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     keep_non_finite: bool = False,
@@ -79,7 +80,7 @@ def compare_checkpoints(
         granularity: "module", "matrix" (fused weights in their parts) or "head".
         transposed: globs over module paths of weights stored (in, out), where the base has no
             config.json that tells.
-        jobs: sites that are measured at once.
+        jobs: sites that are measured at once; by default the number of cores, at most 4.
         resume: go on with the interrupted comparison in `out`.
         overwrite: replace the run that `out` holds.
         keep_non_finite: give weights that hold NaN or Inf a row of NaN, rather than refuse them.
@@ -92,7 +93,7 @@ def compare_checkpoints(
     """
     if axis not in AXES:
         raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, not {jobs}.")
     plan = make_plan(base, checkpoints, Options(targets, granularity, transposed, steps))
     return run_plan(
@@ -116,13 +117,14 @@ def run_plan(
     axis: Axis = "output",
     method: str | None = None,
     run: str | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     keep_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Measure what a plan lists; arguments and errors as in `compare_checkpoints`."""
+    jobs = min(4, os.cpu_count() or 1) if jobs is None else jobs
     method = method or _method(plan)
     run = run or (Path(out).name if out is not None else method)
     info = _info(plan, run, method, axis)
@@ -175,7 +177,7 @@ def _measure(
         return measured
 
     changes: dict[Site, WeightChange] = {}
-    with _single_threaded(jobs), ThreadPoolExecutor(jobs) as pool:
+    with _single_threaded(), ThreadPoolExecutor(jobs) as pool:
         try:
             for site, measured in zip(sites, pool.map(change, sites), strict=True):
                 changes[site] = measured
@@ -188,11 +190,10 @@ def _measure(
 
 
 @contextmanager
-def _single_threaded(jobs: int) -> Iterator[None]:
-    """Torch's own threads put aside while several sites are in work."""
+def _single_threaded() -> Iterator[None]:
+    """Torch's own threads put aside: they cost more than they give on blocks of this size."""
     threads = torch.get_num_threads()
-    if jobs > 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

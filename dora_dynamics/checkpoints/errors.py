@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dora_dynamics.errors import InputError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(InputError):
     """A checkpoint cannot be read or compared; the message is one sentence with the way out."""
 
 

@@ -153,11 +153,15 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], size: int) -> None:
     for begin, end in sorted(spans):
         if begin < reached:
             raise _malformed(path, "two of its tensors overlap")
+        if begin > reached:
+            raise _malformed(path, "there are bytes between its tensors")
         if end > size:
             raise _malformed(
                 path, f"it was cut short: its tensors need {end} bytes and it has {size}"
             )
-        reached = max(reached, end)
+        reached = end
+    if reached != size:
+        raise _malformed(path, f"its tensors take {reached} bytes and it has {size}")
 
 
 def _malformed(path: Path, reason: str) -> CheckpointError:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from dora_dynamics.decomposition import Axis, WeightChange
     from dora_dynamics.sites.site import Site
 
-_BLOCK_ELEMENTS: Final = 1 << 21
-"""Elements of a block: 16 MiB in float64, a few of which are alive at a time."""
+_BLOCK_ELEMENTS: Final = 1 << 20
+"""Elements of a block: 8 MiB in float64, a few of which are alive at a time."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,14 @@ def _replaced(site: Site, base: StoredTensor, other: StoredTensor, axis: Axis) -
     if before.shape != after.shape:
         shared = min(len(before), len(after))
         before, after = before[:shared], after[:shared]
-    if before.dtype == after.dtype:
+    if before.dtype == after.dtype and not _is_a_slice_of_columns(site):
         return measurement.measure(site, before, Dense(after), axis)
     return _in_blocks(site.oriented(before), site.oriented(after), axis)
+
+
+def _is_a_slice_of_columns(site: Site) -> bool:
+    """Whether the units are some of the columns of the stored tensor: copied row by row first."""
+    return site.stored_transposed and site.rows is not None
 
 
 def _low_rank(site: Site, weight: Tensor, update: Factors, axis: Axis) -> WeightChange:
@@ -136,6 +141,8 @@ def _low_rank(site: Site, weight: Tensor, update: Factors, axis: Axis) -> Weight
     if m is None or update.magnitude_axis == "output":
         if m is None or axis == "output":
             own_m = None if m is None else site.select(m)
+            if axis == "output" and _is_a_slice_of_columns(site):
+                own = own.contiguous()
             return low_rank_change(
                 own, A, site.select(B), scaling=update.scaling, magnitude=own_m, axis=axis
             )
@@ -143,8 +150,7 @@ def _low_rank(site: Site, weight: Tensor, update: Factors, axis: Axis) -> Weight
         return _scaled(own.T, site.select(B).T, A.T, update.scaling, ratio, axis)
     matrix = site.matrix(weight)
     if site.rows is None and axis == "input":
-        turned = low_rank_change(matrix.T, B.T, A.T, scaling=update.scaling, magnitude=m)
-        return reduce_units(turned.units, axis)
+        return reduce_units(_low_rank_units(matrix.T, B.T, A.T, update.scaling, m), axis)
     ratio = _ratio(m, matrix.T, B.T, A.T, update.scaling)
     if axis == "output":
         return _scaled(own, A, site.select(B), update.scaling, ratio, axis)
@@ -154,35 +160,71 @@ def _low_rank(site: Site, weight: Tensor, update: Factors, axis: Axis) -> Weight
 
 def _ratio(m: Tensor, matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """DoRA's m over the norm of each row of matrix + scaling · B A; 0 where that is zero."""
-    norms = low_rank_change(matrix, A, B, scaling=scaling).units.magnitude_after
+    norms = _low_rank_units(matrix, A, B, scaling).magnitude_after
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
     return m.to(torch.float64) * torch.from_numpy(inverse)
+
+
+def _low_rank_units(
+    matrix: Tensor, A: Tensor, B: Tensor, scaling: float, m: Tensor | None = None
+) -> UnitChange:
+    """`low_rank_change` of each row of `matrix`, in blocks laid out by row."""
+    room = _Room(matrix, matrix.dtype, 1)
+    parts = [
+        low_rank_change(
+            room.copy(0, matrix[start:stop]),
+            A,
+            B[start:stop],
+            scaling=scaling,
+            magnitude=None if m is None else m[start:stop],
+        ).units
+        for start, stop in _blocks(matrix)
+    ]
+    return _joined(parts)
 
 
 def _scaled(
     matrix: Tensor, A: Tensor, B: Tensor, scaling: float, ratio: Tensor, axis: Axis
 ) -> WeightChange:
     """The change of each row of `matrix`, where DoRA scales its columns by `ratio`."""
-    A64, B64 = A.to(torch.float64), B.to(torch.float64)
+    A64, B64 = A.to(torch.float64), scaling * B.to(torch.float64)
+    room = _Room(matrix, torch.float64, 2)
     parts = []
     for start, stop in _blocks(matrix):
-        before = matrix[start:stop].to(torch.float64)
-        after = (before + scaling * (B64[start:stop] @ A64)) * ratio
+        before = room.copy(0, matrix[start:stop])
+        after = torch.matmul(B64[start:stop], A64, out=room.view(1, stop - start))
+        after.add_(before).mul_(ratio)
         parts.append(weight_change(before, after).units)
     return reduce_units(_joined(parts), axis)
 
 
 def _in_blocks(before: Tensor, after: Tensor, axis: Axis) -> WeightChange:
-    """`weight_change` of weights of different dtypes, both taken to float64 block by block."""
+    """`weight_change` of weights of different dtypes, block by block in one that holds both."""
+    dtype = torch.promote_types(before.dtype, after.dtype)
     if axis == "input":
         before, after = before.T, after.T
+    room = _Room(before, dtype, 2)
     parts = [
-        weight_change(
-            before[start:stop].to(torch.float64), after[start:stop].to(torch.float64)
-        ).units
+        weight_change(room.copy(0, before[start:stop]), room.copy(1, after[start:stop])).units
         for start, stop in _blocks(before)
     ]
     return reduce_units(_joined(parts), axis)
+
+
+class _Room:
+    """Memory for blocks of a matrix, used again by each: fresh blocks would fragment the heap."""
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype, count: int) -> None:
+        rows = _blocks(matrix)[0][1]
+        self._blocks = torch.empty(count, rows, matrix.shape[1], dtype=dtype)
+
+    def view(self, which: int, rows: int) -> Tensor:
+        """The first rows of one of the blocks."""
+        return self._blocks[which, :rows]
+
+    def copy(self, which: int, block: Tensor) -> Tensor:
+        """A copy of `block` in one of the blocks, laid out by row."""
+        return self.view(which, len(block)).copy_(block)
 
 
 def _blocks(matrix: Tensor) -> list[tuple[int, int]]:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dora_dynamics.commands.printing import print_json, records
+from dora_dynamics.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -50,7 +53,9 @@ Examples:
     metavar="PATTERN",
     help="Modules that store (in, out), where no config.json tells; can be repeated.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Weights in work at once.  [default: the cores]"
+)
 @click.option("--resume", is_flag=True, help="Go on with the interrupted comparison in --out.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 @click.option("--keep-non-finite", is_flag=True, help="Rows of NaN for weights with NaN or Inf.")
@@ -64,12 +69,9 @@ def compare(paths: tuple[str, ...], **options: Any) -> None:
     folders of checkpoints, globs, or names on the Hugging Face hub. No model is built, and only
     the chosen weights are read.
     """
-    from dora_dynamics.checkpoints.errors import CheckpointError
-    from dora_dynamics.run_directory import RunDirectoryError
-
     try:
         _compare(paths, **options)
-    except (CheckpointError, RunDirectoryError) as error:
+    except InputError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -107,12 +109,12 @@ def _compare(
         Options(_targets(targets), granularity, transposed, _steps(steps)),
     )
     if dry_run:
-        _print_json({"plan": describe(plan)}) if as_json else _print_plan(plan)
+        print_json({"plan": describe(plan)}) if as_json else _print_plan(plan)
         return
     with _progress(plan.nbytes) as progress:
         table = run_plan(plan, out=out, run=run_name, resume=resume, progress=progress, **options)
     if as_json:
-        _print_json({**describe(plan), "out": out, "rows": _records(table)})
+        print_json({**describe(plan), "out": out, "rows": records(table)})
     else:
         _print_plan(plan)
         click.echo(_readable(table))
@@ -219,19 +221,6 @@ def _readable(table: pd.DataFrame) -> str:
     means.insert(2, "weights", table.groupby(["step", "role"], sort=False).size().to_numpy())
     means.columns = ["step", "role", "weights", "ΔM", "ΔD", "signed ΔM"]
     return means.to_string(index=False, float_format=lambda value: f"{value:.6g}")
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    import json
-
-    records: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
-    return records
-
-
-def _print_json(content: Any) -> None:
-    import json
-
-    click.echo(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
 def _size(count: int) -> str:

@@ -111,6 +111,19 @@ def test_a_square_weight_that_tells_no_axis_is_refused(tmp_path: Path) -> None:
     check(compare_checkpoints(*files, ["*"], transposed=["none"]), before, after)
 
 
+def test_fused_weights_are_compared_in_their_parts(tmp_path: Path) -> None:
+    gpt2().save_pretrained(tmp_path / "base")
+    nudge(gpt2()).save_pretrained(tmp_path / "tuned")
+    table = compare_checkpoints(tmp_path / "base", tmp_path / "tuned", ["query"])
+    assert list(table["units"]) == [24, 24]
+    heads = compare_checkpoints(
+        tmp_path / "base", tmp_path / "tuned", ["query"], granularity="head"
+    )
+    assert list(heads["head"]) == [0, 1, 0, 1]
+    means = heads.groupby("layer")["delta_magnitude"].mean().to_numpy()
+    assert means == pytest.approx(table["delta_magnitude"].to_numpy(), rel=1e-12)
+
+
 class _Distributed:
     """The state of a model as torch.distributed.checkpoint wants it, saved by one process."""
 
