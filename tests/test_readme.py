@@ -1,0 +1,121 @@
+"""The examples in README.md, run as they stand.
+
+A ```python block is run if an HTML comment that begins with `test` stands before it. What follows
+in the comment is code to run first, which readers do not see; on its first line may stand
+`needs=a,b`, the packages without which the example is skipped. Each example runs in an empty
+folder; the run directories that it leaves in `runs/` must hold weights that changed.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import dora_dynamics as dd
+
+README = Path(__file__).parent.parent / "README.md"
+_EXAMPLE = re.compile(
+    r"<!--[ \t]*test\b(?P<options>[^\n]*?)(?:\n(?P<setup>.*?))?-->\s*"
+    r"```python\n(?P<code>.*?)^[ \t]*```",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A block of code, the hidden code before it, what it needs, and the line it starts at."""
+
+    code: str
+    setup: str
+    needs: tuple[str, ...]
+    line: int
+    setup_line: int
+
+
+def examples(text: str) -> list[Example]:
+    """The examples of a page that are marked as tests."""
+    found = []
+    for match in _EXAMPLE.finditer(text):
+        needs = re.search(r"needs=([\w.,-]+)", match["options"])
+        found.append(
+            Example(
+                code=textwrap.dedent(match["code"]),
+                setup=textwrap.dedent(match["setup"] or ""),
+                needs=tuple(needs[1].split(",")) if needs else (),
+                line=text.count("\n", 0, match.start("code")) + 1,
+                setup_line=text.count("\n", 0, match.start("setup")) + 1 if match["setup"] else 0,
+            )
+        )
+    return found
+
+
+def run(example: Example, where: object) -> None:
+    """Run an example; errors point at the lines of the page."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    for code, line in ((example.setup, example.setup_line), (example.code, example.line)):
+        exec(compile("\n" * (line - 1) + code, str(where), "exec"), names)
+
+
+def _of_readme() -> list[Example]:
+    return examples(README.read_text(encoding="utf-8")) if README.exists() else []
+
+
+@pytest.mark.parametrize("example", [pytest.param(e, id=f"line {e.line}") for e in _of_readme()])
+def test_example(example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in example.needs:
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    run(example, README)
+    for folder in (tmp_path / "runs").glob("*"):
+        table = dd.load_runs(folder)
+        assert table["step"].nunique() > 1
+        assert table.query("step > 0")["update_norm"].gt(0).any()
+
+
+class TestReader:
+    """The reader of examples itself, so that none is left out in silence."""
+
+    PAGE = textwrap.dedent("""\
+        text
+        <!-- test needs=numpy,torch
+        a = 1
+        -->
+        ```python
+        b = a + 1
+        ```
+        ```python
+        not_run = 1 / 0
+        ```
+        <!-- a remark -->
+        ```python
+        not_run = 1 / 0
+        ```
+        <!-- test -->
+
+        ```python
+        raise KeyError("line 18")
+        ```
+        """)
+
+    def test_marked_blocks_are_found(self) -> None:
+        first, second = examples(self.PAGE)
+        assert (first.setup, first.code) == ("a = 1\n", "b = a + 1\n")
+        assert first.needs == ("numpy", "torch")
+        assert (second.setup, second.needs) == ("", ())
+
+    def test_errors_point_at_the_page(self) -> None:
+        first, second = examples(self.PAGE)
+        run(first, "page.md")
+        with pytest.raises(KeyError) as caught:
+            run(second, "page.md")
+        last = caught.traceback[-1]
+        assert (Path(last.path).name, last.lineno + 1) == ("page.md", 18)
+
+    def test_every_mark_in_the_readme_is_an_example(self) -> None:
+        if README.exists():
+            text = README.read_text(encoding="utf-8")
+            assert len(re.findall(r"<!--[ \t]*test\b", text)) == len(_of_readme())
