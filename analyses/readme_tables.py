@@ -1,0 +1,148 @@
+"""Run: `python -m analyses.readme_tables` (seconds).
+
+Writes the tables of README.md from the result files below analyses/results/, between the lines
+`<!-- begin: NAME -->` and `<!-- end: NAME -->`; no number there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+RESULTS: Final = Path(__file__).parent / "results"
+README: Final = Path(__file__).parent.parent / "README.md"
+
+
+def finding() -> str:
+    """Coupling with the paper's total decay and with none, beside the paper's points."""
+    runs = {"with": "reproduction_5_seeds", "without": "reproduction_no_decay"}
+    tables = {key: pd.read_csv(RESULTS / f"{name}.csv") for key, name in runs.items()}
+    about = json.loads((RESULTS / f"{runs['with']}.json").read_text())
+    lines = [
+        "| | | paper's points, pooled | pooled | across layers | across units "
+        "| across layers, no decay |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for role in ("query", "value"):
+        for method in ("FT", "LoRA", "DoRA"):
+            paper = _row(tables["with"], role, method, "pooled")["paper"]
+            cells = [
+                _estimate(tables[key], role, method, level)
+                for key, level in (
+                    ("with", "pooled"),
+                    ("with", "within_step"),
+                    ("with", "units"),
+                    ("without", "within_step"),
+                )
+            ]
+            lines.append(f"| {role} | {method} | {paper:+.2f} | {' | '.join(cells)} |")
+    steps, batch = (about["recipes"][0][name] for name in ("steps", "batch_size"))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Pearson r of (ΔD, ΔM) with 95% intervals over layers and seeds: "
+            f"{about['seeds']} seeds, {steps} steps of batch {batch}, four late checkpoints; "
+            f"{about['machine']}, torch {about['versions']['torch']}.",
+        ]
+    )
+
+
+def scores() -> str:
+    """Held-out score before and after, mean over seeds, with the total decay of each method."""
+    about = json.loads((RESULTS / "reproduction_5_seeds.json").read_text())
+    none = json.loads((RESULTS / "reproduction_no_decay.json").read_text())
+    decay = {recipe["method"]: recipe["total_decay"] for recipe in about["recipes"]}
+    lines = [
+        "| | total decay Λ | name → docstring | package | name → docstring, no decay "
+        "| package, no decay |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in ("before", "FT", "LoRA", "DoRA"):
+        cells = []
+        for result in (about, none):
+            found = pd.DataFrame(result["scores"]).T
+            means = found[found.index.str.partition("-").get_level_values(0) == method].mean()
+            cells += [f"{means['retrieval']:.3f}", f"{means['package']:.3f}"]
+        total = f"{decay[method]:.3f}" if method in decay else ""
+        lines.append(f"| {method} | {total} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def paper() -> str:
+    """The paper's text against its own points."""
+    table = pd.read_csv(RESULTS / "paper_figures.csv")
+    lines = [
+        "| | | r of the plotted points | slope | n | r in the text |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in table.to_dict("records"):
+        text = "" if pd.isna(row["text"]) else f"{row['text']:+.2f}"
+        lines.append(
+            f"| Figure {row['figure']}, {row['role']} | {row['method']} | {row['pearson']:+.2f} | "
+            f"{row['slope']:+.2f} | {row['n']} | {text} |"
+        )
+    return "\n".join(lines)
+
+
+def _row(table: pd.DataFrame, role: str, method: str, level: str) -> pd.Series[float]:
+    chosen = table[
+        (table["role"] == role)
+        & (table["method"] == method)
+        & (table["level"] == level)
+        & ~table["signed"]
+    ]
+    return chosen.iloc[0]
+
+
+def _estimate(table: pd.DataFrame, role: str, method: str, level: str) -> str:
+    row = _row(table, role, method, level)
+    return f"{row['pearson']:+.2f} [{row['pearson_low']:+.2f}, {row['pearson_high']:+.2f}]"
+
+
+BLOCKS: Final[dict[str, Callable[[], str]]] = {
+    "finding": finding,
+    "scores": scores,
+    "paper": paper,
+}
+
+
+def filled(text: str) -> str:
+    """The text of the README with every block written anew.
+
+    Raises:
+        ValueError: a block's lines are missing.
+    """
+    for name, write in BLOCKS.items():
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"README.md lacks the lines {begin} and {end}.")
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        body = f"{begin}\n\n{write()}\n\n{end}"
+        text = pattern.sub(lambda _, body=body: body, text)  # type: ignore[misc]
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the tables into README.md, or says with --check whether they are up to date."""
+    parser = argparse.ArgumentParser(prog="python -m analyses.readme_tables")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    options = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    if options.check:
+        if filled(text) != text:
+            raise SystemExit("README.md is out of date: python -m analyses.readme_tables")
+    else:
+        README.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
