@@ -221,7 +221,11 @@ def captured(work: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay(_kept_alive: Callable[[], object] = work) -> None:
+        graph.replay()
+
+    return replay
 
 
 def in_turns(ways: dict[str, Way], rounds: int, device: str) -> dict[str, NDArray[np.float64]]:

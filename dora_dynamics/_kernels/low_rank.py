@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from dora_dynamics._kernels import blocks, threads
-from dora_dynamics._kernels.sums import LARGEST, SMALLEST, TANGENTIAL_SHARE, UnitSums, ratio
+from dora_dynamics._kernels.sums import (
+    LARGEST,
+    SMALLEST,
+    TANGENTIAL_SHARE,
+    UnitSums,
+    aligned,
+    ratio,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +102,7 @@ def cpu_sums(update: LowRankUpdate) -> UnitSums:
     rows = max(1, _CPU_BLOCK // features)
     for start in range(0, units, rows):
         block = slice(start, start + rows)
-        w = before[block].to(torch.float32)
+        w = aligned(before[block]).to(torch.float32)
         threads.run_all(
             [
                 partial(blocks.add_squares, w[i : i + 32], squares[block][i : i + 32])
@@ -127,7 +134,7 @@ def plain_sums(update: LowRankUpdate) -> UnitSums:
     e = torch.empty_like(a)
     for start in range(0, before.shape[0], rows):
         block = slice(start, start + rows)
-        w = before[block].to(torch.float64)
+        w = aligned(before[block]).to(torch.float64)
         a[block] = torch.einsum("nk,nk->n", w, w)
         e[block] = scaling * torch.einsum("nr,nr->n", w @ A.T, B[block])
     c = _update_squares(update)

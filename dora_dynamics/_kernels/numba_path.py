@@ -215,7 +215,8 @@ def _columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
     w, v = _whole_rows(before.T), _whole_rows(after.T)
     out[:3] = 0.0
     for start in range(0, before.shape[0], _PANEL):
-        units = slice(start, start + _PANEL)
+        # no further than the weight: the arrays may be wider
+        units = slice(start, min(start + _PANEL, before.shape[0]))
         part = out[:, units]
         panel = np.empty((3, part.shape[1]), np.float32 if single else np.float64)
         sum_columns(w[:, units], v[:, units], panel, part)

@@ -86,14 +86,22 @@ def exact_tensors(before: Tensor, after: Tensor) -> UnitSums:
     sums = torch.empty((4, before.shape[0]), dtype=torch.float64, device=before.device)
     for start in range(0, before.shape[0], rows):
         block = slice(start, start + rows)
-        w = before[block].to(torch.float64)
-        d = after[block].to(torch.float64) - w
+        w = aligned(before[block]).to(torch.float64)
+        d = aligned(after[block]).to(torch.float64) - w
         a, e = torch.einsum("nk,nk->n", w, w), torch.einsum("nk,nk->n", d, w)
         sums[0, block], sums[1, block] = a, e
         sums[2, block] = torch.einsum("nk,nk->n", d, d)
         d.addcmul_(w, ratio(e, a).unsqueeze(1), value=-1)
         sums[3, block] = torch.einsum("nk,nk->n", d, d)
     return UnitSums(*sums)
+
+
+def aligned(weight: Tensor) -> Tensor:
+    """The weight, copied if its address is no multiple of the element size.
+
+    That happens in a mapped file, and torch's matrix products crash on it.
+    """
+    return weight if weight.data_ptr() % weight.element_size() == 0 else weight.clone()
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from dora_dynamics._kernels import blocks, dispatch, threads
+from dora_dynamics._kernels.sums import UnitSums, exact_tensors
+from dora_dynamics.decomposition import reduce_units, unit_change
+from tests.kernels.cases import DTYPES, LAYOUTS, SHAPES, assert_sums, changed, difficult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PATHS = ["blocks", "numba_path"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Any:
+    if request.param == "blocks":
+        return blocks
+    pytest.importorskip("numba")
+    from dora_dynamics._kernels import numba_path
+
+    return numba_path
+
+
+def sums(path: Any, before: Tensor, after: Tensor) -> UnitSums:
+    return dispatch.cpu_sums([(before, after)], path)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_layout_and_ragged_shape(
+    path: Any, dtype: torch.dtype, layout: str, shape: tuple[int, int]
+) -> None:
+    before, after = (LAYOUTS[layout](weight) for weight in changed(shape, dtype))
+    assert_sums(sums(path, before, after), before, after)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "unaligned"])
+def test_difficult_rows(path: Any, dtype: torch.dtype, layout: str) -> None:
+    before, after = (LAYOUTS[layout](weight) for weight in difficult(dtype))
+    assert_sums(sums(path, before, after), before, after)
+
+
+def test_layouts_of_the_two_may_differ(path: Any) -> None:
+    before, after = changed((40, 30), torch.float32)
+    after = after.T.contiguous().T
+    assert_sums(sums(path, before, after), before, after)
+
+
+def test_a_row_longer_than_a_block(path: Any) -> None:
+    before, after = changed((2, 300_001), torch.bfloat16)
+    assert_sums(sums(path, before, after), before, after)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("relative", [1e-1, 1e-3, 1e-6])
+def test_precision_of_the_contract(
+    path: Any, dtype: torch.dtype, relative: float, layout: str
+) -> None:
+    before, after = (LAYOUTS[layout](w) for w in changed((4096, 1024), dtype, relative))
+    assert error(sums(path, before, after), before, after) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_precision_of_an_almost_radial_change(path: Any, dtype: torch.dtype, layout: str) -> None:
+    before, noise = changed((4096, 1024), torch.float64, 1.0)
+    after = before * 1.01 + 1e-5 * (noise - before)
+    before, after = (LAYOUTS[layout](w.to(dtype)) for w in (before, after))
+    assert error(sums(path, before, after), before, after) < 1e-6
+
+
+def test_no_bias() -> None:
+    """Rounding errors of the units have mean zero: they shrink when averaged."""
+    before, after = changed((4096, 1024), torch.float32, 1e-3)
+    reference = exact_tensors(before, after)
+    for name in PATHS:
+        if name == "numba_path":
+            pytest.importorskip("numba")
+        path = __import__(f"dora_dynamics._kernels.{name}", fromlist=["tasks"])
+        found = sums(path, before, after)
+        for one in ("before_square", "tangential_square"):
+            relative = getattr(found, one) / getattr(reference, one) - 1
+            assert abs(float(relative.mean())) < 5e-8
+
+
+def test_torch_and_random_state_are_left_alone(path: Any) -> None:
+    before, after = changed((600, 2000), torch.bfloat16)
+    torch_threads, state = torch.get_num_threads(), torch.get_rng_state()
+    versions = before._version, after._version
+    sums(path, before, after)
+    assert torch.get_num_threads() == torch_threads
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (before._version, after._version) == versions
+
+
+def test_from_several_threads_at_once(path: Any) -> None:
+    before, after = changed((1200, 1000), torch.float32)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: sums(path, before, after), range(6)):
+            assert_sums(found, before, after)
+
+
+def test_many_at_once_are_in_order(path: Any) -> None:
+    pairs = [changed((n, 64), torch.float32, seed=n) for n in (3, 1, 7)]
+    for (before, after), found in zip(pairs, dispatch.cpu_sums(pairs, path), strict=True):
+        assert_sums(found, before, after)
+
+
+def test_a_failing_task_is_told() -> None:
+    def fail() -> None:
+        raise RuntimeError("told")
+
+    with pytest.raises(RuntimeError, match="told"):
+        threads.run_all([fail] * 8, worth_threads=True)
+
+
+def test_memory_is_a_block_and_not_a_copy() -> None:
+    """The buffers of a thread: a few blocks of float32, whatever the weight's size."""
+    before, after = changed((4000, 1024), torch.bfloat16)
+    worker = threading.Thread(target=lambda: held.extend(_buffers_after(before, after)))
+    held: list[int] = []
+    worker.start()
+    worker.join()
+    assert 0 < sum(held) <= 3 * 4 * (1 << 17)
+    assert before.numel() * 4 > 8 * sum(held)
+
+
+def _buffers_after(before: Tensor, after: Tensor) -> list[int]:
+    for task in blocks.tasks(before, after, torch.empty((4, len(before))).double().numpy()):
+        task()
+    return [buffer.nbytes for buffer in blocks._local.__dict__.values()]
+
+
+def test_core_works_without_extras() -> None:
+    """With neither numba nor triton to import, the same numbers."""
+    code = (
+        "import sys; sys.modules['numba'] = sys.modules['triton'] = None\n"
+        "import importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n in ('numba', 'triton') else real(n, *a)\n"
+        "import torch, dora_dynamics as dd\n"
+        "from dora_dynamics._kernels import dispatch\n"
+        "change = dd.weight_change(torch.eye(3), 2 * torch.eye(3))\n"
+        "assert change.delta_magnitude == 1, change\n"
+        "assert dispatch.cpu_path().__name__.endswith('blocks')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_loads_no_extra() -> None:
+    code = (
+        "import sys, dora_dynamics, dora_dynamics.decomposition, dora_dynamics.recorder\n"
+        "assert not {'numba', 'triton', 'llvmlite'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def error(found: UnitSums, before: Tensor, after: Tensor) -> float:
+    one, other = (
+        reduce_units(unit_change(s), "output") for s in (found, exact_tensors(before, after))
+    )
+    return max(
+        abs(one.delta_magnitude / other.delta_magnitude - 1),
+        abs(one.delta_direction / other.delta_direction - 1),
+    )
