@@ -12,13 +12,13 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import variants
 from peft.tuners.lora.layer import LoraVariant
-from peft_cases import CASES, Case
 from torch import nn
 
 import dora_dynamics as dd
 from dora_dynamics.baseline import BaselineError
 from dora_dynamics.effective import NoDenseWeightError, dense_weight, is_merged
 from dora_dynamics.effective.peft_layers import how_read, is_tuner_layer, resolved
+from tests.effective.peft_cases import CASES, Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -198,6 +198,7 @@ def test_the_16_bit_reference_tells_how_large_the_error_is(tmp_path: Path) -> No
     assert "captured from the Net" in info["baseline"]
 
 
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")
 def test_torchao() -> None:
     torchao = pytest.importorskip("torchao.quantization")
     torch.manual_seed(0)

@@ -1,0 +1,102 @@
+"""Run: `python -m analyses.support_table` (half a minute; needs peft).
+
+Builds every PEFT method in the variants that tests/effective tests, asks how its effective weight
+is read, and writes peft_support.csv; `table()` is the same in Markdown, for README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pandas as pd
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+RESULTS: Final = Path(__file__).parent / "results"
+CASES: Final = Path(__file__).parent.parent / "tests" / "effective"
+NAME: Final = "peft_support.csv"
+_ACRONYMS: Final = {"CPT": "CPT", "SHADOW": "ShadowPEFT", "XLORA": "X-LoRA", "P_TUNING": "P-tuning"}
+
+
+def rows() -> pd.DataFrame:
+    """One row for each method and variant: its name, how it is read, or why it is refused."""
+    from dora_dynamics.effective.peft_layers import method_name
+
+    if str(CASES) not in sys.path:
+        sys.path.insert(0, str(CASES))
+    found = []
+    for kind, cases in importlib.import_module("peft_cases").CASES.items():
+        for case in cases:
+            model = case.build()
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            with warnings.catch_warnings():  # what PEFT says about its own settings
+                warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")
+                model = case.adapt(model)
+                layers = _layers(model, case)
+                read, why, needs = _reading(model, layers, before)
+            name = method_name(next(iter(layers.values()))) if layers else _ACRONYMS.get(kind)
+            method = {"DoRA": "LoRA"}.get(name or "", name) or kind.replace("_", " ").lower()
+            found.append((kind, method, case.name, read, needs, why))
+    return pd.DataFrame(found, columns=["type", "method", "variant", "read", "baseline", "why"])
+
+
+def table(support: pd.DataFrame | None = None) -> str:
+    """The rows as a Markdown table, one line for each method and way of reading."""
+    support = pd.read_csv(RESULTS / NAME, keep_default_na=False) if support is None else support
+    lines = ["| PEFT method | variants tested | effective weight |", "|---|---|---|"]
+    groups = support.groupby(["method", "read", "baseline", "why"], sort=False)
+    for key, group in groups:
+        method, read, baseline, why = (str(part) for part in key)
+        variants = ", ".join(v for v in group["variant"] if v != "plain") or "–"
+        how = f"refused: {why}" if why else f"{read}{'; ' + baseline if baseline else ''}"
+        lines.append(f"| {method} | {variants} | {how} |")
+    return "\n".join(lines)
+
+
+def _layers(model: Any, case: Any) -> dict[str, Any]:
+    from dora_dynamics.effective.peft_layers import is_tuner_layer, resolved
+
+    found = {}
+    for path, module in model.named_modules():
+        name = path.removeprefix("base_model.model.")
+        if name.split(".")[-1] in case.followed and is_tuner_layer(resolved(module)):
+            found[name] = resolved(module)
+    return found
+
+
+def _reading(
+    model: Any, layers: dict[str, Any], before: dict[str, torch.Tensor]
+) -> tuple[str, str, str]:
+    from dora_dynamics.effective import NoDenseWeightError
+    from dora_dynamics.effective.peft_layers import how_read, refuse_model
+
+    try:
+        refuse_model(model)
+        ways = sorted({how_read(layer) for layer in layers.values()})
+    except NoDenseWeightError as error:
+        return "", str(error).partition(": ")[2].rstrip("."), ""
+    bases = ((name, layer.get_base_layer().weight) for name, layer in layers.items())
+    kept = all(torch.equal(weight, before[f"{name}.weight"]) for name, weight in bases)
+    return ", ".join(ways), "", "" if kept else "`baseline=` needed"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    support = rows()
+    support.to_csv(options.out / NAME, index=False, lineterminator="\n")
+    print(table(support))
+
+
+if __name__ == "__main__":
+    main()
