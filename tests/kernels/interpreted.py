@@ -1,0 +1,85 @@
+"""The GPU kernels in Triton's interpreter, on the CPU; run by test_gpu_paths.
+
+In a process alone, which starts with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from dora_dynamics._kernels import low_rank, triton_low_rank, triton_path
+from tests.kernels.cases import DTYPES, LAYOUTS, assert_sums, changed, difficult
+
+cuda: Any = torch.cuda
+cuda.device = contextlib.nullcontext
+
+
+def dense() -> None:
+    """Every layout, ragged shapes and difficult rows, all in one plan."""
+    layouts = [name for name in LAYOUTS if name != "unaligned"]
+    pairs = [
+        (LAYOUTS[layout](before), LAYOUTS[layout](after))
+        for dtype in DTYPES
+        for layout in layouts
+        for before, after in [changed((5, 384), dtype), changed((33, 37), dtype), difficult(dtype)]
+    ]
+    pairs += [changed((1, 17), torch.float32), changed((9, 3), torch.bfloat16)]
+    for (before, after), found in zip(pairs, triton_path.sums_of_all(pairs), strict=True):
+        assert_sums(found, before, after)
+
+
+def counts() -> None:
+    """A model of one dtype is one launch and one transfer, its table made once."""
+    shapes = [(8, 32), (32, 8), (5, 16), (16, 16)]
+    pairs = [changed(shape, torch.float32) for shape in shapes]
+    aligned = [pair for pair in pairs if triton_path.layout_of(*pair).aligned]
+    assert len(triton_path.plan_of(aligned).launches) == 1
+    assert triton_path.plan_of(aligned) is triton_path.plan_of(aligned)
+    transfers = 0
+    to_host = triton_path.to_host
+
+    def counting(sums: torch.Tensor) -> Any:
+        nonlocal transfers
+        transfers += 1
+        return to_host(sums)
+
+    triton_path.to_host = counting
+    triton_path.sums_of_all(pairs)
+    triton_path.to_host = to_host
+    assert transfers == 1
+    plan = triton_path.plan_of(pairs)
+    assert plan.total == sum(units for units, _ in shapes)
+    tables = sum(one.table.nbytes + one.owners.nbytes for one in plan.launches)
+    assert tables < 1000 + 4 * plan.total
+
+
+def low_rank_changes() -> None:
+    """e and c of LoRA's factors, in both layouts; bfloat16 products are not interpreted."""
+    generator = torch.Generator().manual_seed(0)
+    updates = []
+    for dtype in (torch.float32, torch.float16):
+        for units, features, rank in ((70, 48, 4), (33, 300, 8), (130, 128, 16)):
+            w = changed((units, features), dtype)[0]
+            A = torch.randn(rank, features, generator=generator) / 8
+            B = torch.randn(units, rank, generator=generator) * 1e-3
+            updates.append(low_rank.LowRankUpdate(w, A, B, 2.0))
+            columns = LAYOUTS["columns"](w)
+            updates.append(low_rank.LowRankUpdate(columns, A.to(torch.bfloat16), B.T.T, 0.5))
+    sums, firsts = triton_low_rank.queue(updates)
+    for update, first in zip(updates, firsts, strict=True):
+        reference = low_rank.plain_sums(update)
+        a, e, c, P = sums[:, first : first + len(update.before)]
+        scale = (reference.before_square * reference.update_square).sqrt()
+        assert bool(((a / reference.before_square - 1).abs() < 1e-6).all())
+        assert bool(((e - reference.dot).abs() < 1e-6 * scale).all())
+        assert bool(((c / reference.update_square - 1).abs() < 1e-12).all())
+        assert bool(((P / reference.tangential_square - 1).abs() < 1e-6).all())
+
+
+if __name__ == "__main__":
+    dense()
+    counts()
+    low_rank_changes()
