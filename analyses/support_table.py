@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESULTS: Final = Path(__file__).parent / "results"
-CASES: Final = Path(__file__).parent.parent / "tests" / "effective"
 NAME: Final = "peft_support.csv"
 _ACRONYMS: Final = {"CPT": "CPT", "SHADOW": "ShadowPEFT", "XLORA": "X-LoRA", "P_TUNING": "P-tuning"}
 
@@ -29,10 +27,8 @@ def rows() -> pd.DataFrame:
     """One row for each method and variant: its name, how it is read, or why it is refused."""
     from dora_dynamics.effective.peft_layers import method_name
 
-    if str(CASES) not in sys.path:
-        sys.path.insert(0, str(CASES))
     found = []
-    for kind, cases in importlib.import_module("peft_cases").CASES.items():
+    for kind, cases in importlib.import_module("tests.effective.peft_cases").CASES.items():
         for case in cases:
             model = case.build()
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
