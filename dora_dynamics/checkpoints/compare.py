@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -54,7 +53,7 @@ def compare_checkpoints(
     steps: Sequence[int] | None = None,
     granularity: Granularity = "matrix",
     transposed: Sequence[str] = (),
-    jobs: int | None = None,
+    jobs: int = 1,
     resume: bool = False,
     overwrite: bool = False,
     keep_non_finite: bool = False,
@@ -80,7 +79,8 @@ def compare_checkpoints(
         granularity: "module", "matrix" (fused weights in their parts) or "head".
         transposed: globs over module paths of weights stored (in, out), where the base has no
             config.json that tells.
-        jobs: sites that are measured at once; by default the number of cores, at most 4.
+        jobs: sites that are measured at once; more than 1 pays where weights are small; each
+            weight is spread over the cores already.
         resume: go on with the interrupted comparison in `out`.
         overwrite: replace the run that `out` holds.
         keep_non_finite: give weights that hold NaN or Inf a row of NaN, rather than refuse them.
@@ -93,7 +93,7 @@ def compare_checkpoints(
     """
     if axis not in AXES:
         raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
-    if jobs is not None and jobs < 1:
+    if jobs < 1:
         raise ValueError(f"jobs must be at least 1, not {jobs}.")
     plan = make_plan(base, checkpoints, Options(targets, granularity, transposed, steps))
     return run_plan(
@@ -117,14 +117,13 @@ def run_plan(
     axis: Axis = "output",
     method: str | None = None,
     run: str | None = None,
-    jobs: int | None = None,
+    jobs: int = 1,
     resume: bool = False,
     overwrite: bool = False,
     keep_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Measure what a plan lists; arguments and errors as in `compare_checkpoints`."""
-    jobs = min(4, os.cpu_count() or 1) if jobs is None else jobs
     method = method or _method(plan)
     run = run or (Path(out).name if out is not None else method)
     info = _info(plan, run, method, axis)

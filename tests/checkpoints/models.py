@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor, nn
 
-transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+_logging: Any = transformers.utils.logging
+_logging.disable_progress_bar()
 
 
 def bert(seed: int = 0) -> Any:
