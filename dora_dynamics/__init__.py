@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dora_dynamics.adapters import apply_lora as apply_lora
     from dora_dynamics.adapters import merge as merge
     from dora_dynamics.baseline import capture_baseline as capture_baseline
+    from dora_dynamics.checkpoints import compare_checkpoints as compare_checkpoints
     from dora_dynamics.decomposition import UnitChange as UnitChange
     from dora_dynamics.decomposition import WeightChange as WeightChange
     from dora_dynamics.decomposition import direction as direction
@@ -41,6 +42,7 @@ _HOME = {
     "apply_dora": "adapters",
     "apply_lora": "adapters",
     "capture_baseline": "baseline",
+    "compare_checkpoints": "checkpoints",
     "coupling": "statistics",
     "direction": "decomposition",
     "effective_weight": "effective",

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from plotting_tables import trajectory
 
 from dora_dynamics.plotting import coupling_forest
 from dora_dynamics.statistics import coupling
+from tests.plotting.plotting_tables import trajectory
 
 
 def table() -> pd.DataFrame:

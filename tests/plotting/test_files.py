@@ -3,9 +3,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from plotting_tables import trajectory
 
 from dora_dynamics.plotting import magnitude_direction, save
+from tests.plotting.plotting_tables import trajectory
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,6 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
-from plotting_tables import trajectory
 
 from dora_dynamics.plotting import magnitude_direction
 from dora_dynamics.plotting._style import (
@@ -21,6 +20,7 @@ from dora_dynamics.plotting._style import (
     NO_LAYER_COLOUR,
 )
 from dora_dynamics.statistics import coupling
+from tests.plotting.plotting_tables import trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
-from plotting_tables import trajectory
 
 from dora_dynamics.plotting import trajectories
 from dora_dynamics.plotting._style import LAYER_COLOURS
+from tests.plotting.plotting_tables import trajectory
 
 
 def test_one_line_per_weight_with_its_values() -> None:
