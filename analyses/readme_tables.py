@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
+from analyses import support_table
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -112,6 +114,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "finding": finding,
     "scores": scores,
     "paper": paper,
+    "peft": support_table.table,
 }
 
 
