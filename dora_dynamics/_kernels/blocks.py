@@ -43,7 +43,7 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
     units, features = before.shape
     by_column = features > 1 and units > 1 and before.stride(0) == 1 == after.stride(0)
     work = _sum_columns if by_column else _sum_rows
-    step = max(1, TASK // features)
+    step = task_units(units, features)
     if by_column:
         step = max(step, min(units, 512))
     return [
@@ -57,12 +57,20 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
     ]
 
 
+def task_units(units: int, features: int) -> int:
+    """Units of a task, so that all tasks of a weight are about as large."""
+    return -(-units // max(1, units * features // TASK))
+
+
 def _sum_rows(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
     units, features = before.shape
     step = max(1, _BLOCK // features)
     for start in range(0, units, step):
         rows = slice(start, start + step)
         _sum_row_block(before[rows], after[rows], out[:, rows])
+    again = fill_tangential(out, single=before.dtype != torch.float64)
+    if len(again):
+        sum_exactly(before, after, again, out)
 
 
 def _sum_row_block(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
@@ -78,9 +86,6 @@ def _sum_row_block(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> N
                 out[0] += np.vecdot(w_part, w_part)
                 out[1] += np.vecdot(d_part, w_part)
                 out[2] += np.vecdot(d_part, d_part)
-    again = fill_tangential(out, single=before.dtype != torch.float64)
-    if len(again):
-        sum_exactly(before, after, again, out)
 
 
 def _sum_columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:

@@ -182,7 +182,7 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
         return blocks.tasks(before, after, out)
     units, features = before.shape
     if _has_rows(before) and _has_rows(after):
-        step = max(1, blocks.TASK // features)
+        step = blocks.task_units(units, features)
         w, v = _whole_rows(before), _whole_rows(after)
         single = before.dtype != torch.float64
         return [
@@ -197,7 +197,7 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
             for start in range(0, units, step)
         ]
     if _has_rows(before.T) and _has_rows(after.T):
-        step = max(_PANEL, min(units, blocks.TASK // features))
+        step = max(_PANEL, blocks.task_units(units, features))
         return [
             partial(
                 _columns,

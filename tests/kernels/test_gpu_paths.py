@@ -15,6 +15,7 @@ from tests.kernels.cases import DTYPES, LAYOUTS, assert_sums, changed, difficult
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests below run the real kernels")
 def test_interpreted() -> None:
     """The kernels' arithmetic and the counts of launches and transfers, without a GPU."""
     pytest.importorskip("triton")
