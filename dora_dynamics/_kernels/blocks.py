@@ -108,10 +108,10 @@ def _sum_columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> Non
 
 
 def add_squares(weight: Tensor, out: NDArray[np.float64]) -> None:
-    """Add Σ w² of each row to `out`."""
+    """Add Σ w² of each row to `out`, in float64."""
     with np.errstate(all="ignore"):
         for start in range(0, weight.shape[1], _FEATURES):
-            w = as_rows(weight[:, start : start + _FEATURES], "w")
+            w = as_rows(weight[:, start : start + _FEATURES], "w", torch.float64)
             out += np.vecdot(w, w)
 
 

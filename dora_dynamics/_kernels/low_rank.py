@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _BLOCK_ELEMENTS: Final = 1 << 17
 """Elements a CPU block holds: its float64 working set (4 MiB) stays in a core's cache."""
+_LARGE: Final = 1 << 20
+"""Elements from which float32 is worth its rounding on a CPU."""
 _CPU_BLOCK: Final = 1 << 22
 """Elements torch multiplies at a time there: enough to keep its threads from waiting."""
 _DEVICE_BLOCK: Final = 1 << 24
@@ -80,7 +82,10 @@ def low_rank_sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
                 path = importlib.import_module("dora_dynamics._kernels.triton_low_rank")
                 found = path.sums_of_all(some)
             elif device.type == "cpu":
-                found = [cpu_sums(update) for update in some]
+                found = [
+                    (cpu_sums if update.before.numel() >= _LARGE else plain_sums)(update)
+                    for update in some
+                ]
             else:
                 found = [plain_sums(update) for update in some]
             sums.update(zip(here, found, strict=True))
@@ -90,7 +95,8 @@ def low_rank_sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
 def cpu_sums(update: LowRankUpdate) -> UnitSums:
     """The sums with W_0 Aᵀ in float32, all else in float64; `plain_sums` where that is too little.
 
-    torch multiplies large blocks over its own threads; the squares are summed over ours.
+    The difference of DoRA's m and √a cancels, so that a is float64 as well. torch multiplies large
+    blocks over its own threads; the squares are summed over ours.
     """
     before, A, B = update.before, update.A, update.B
     if before.dtype == torch.float64 or A.dtype == torch.float64:

@@ -1,9 +1,10 @@
 """Low-rank updates on the GPU: W_0 is read once, by the tensor cores, for all sites together.
 
-e = s Σ (W_0 Aᵀ) ∘ B takes the product W_0 Aᵀ. A half-precision W_0 is multiplied by A split into
-three bfloat16 parts, whose products are exact in float32; float32 W_0 by three TF32 products. The
-tensor cores' own sums are cut after every tile, because they round towards zero. The
-products of rank size, c = s² diag(B (A Aᵀ) Bᵀ), are float64.
+e = s Σ (W_0 Aᵀ) ∘ B takes the product W_0 Aᵀ. A bfloat16 W_0 is multiplied by A split into three
+bfloat16 parts, whose products are exact in float32; other W_0 by three TF32 products. The tensor
+cores' own sums are cut after every tile, because they round towards zero. The products of rank
+size, c = s² diag(B (A Aᵀ) Bᵀ), are float64, and so is a: DoRA's m is compared with √a, and that
+difference cancels.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _low_rank_kernel(
     inside = unit < units
     column = tl.arange(0, FEATURES)
     r = tl.arange(0, RANK)
-    a = tl.zeros((UNITS, FEATURES), tl.float32)
+    a = tl.zeros((UNITS, FEATURES // 8), tl.float64)
     projected = tl.zeros((UNITS, RANK), tl.float32)
     for start in tl.range(0, features, FEATURES):
         k = start + column
@@ -95,7 +96,8 @@ def _low_rank_kernel(
             address = before + (unit.to(tl.int64) * apart)[:, None] + k[None, :]
         w = tl.load(address, mask=inside[:, None] & (k < features)[None, :], other=0.0)
         wide = w.to(tl.float32)
-        a += wide * wide
+        exact = w.to(tl.float64)
+        a += tl.sum(tl.reshape(exact * exact, (UNITS, FEATURES // 8, 8)), 2)
         # rows of zeros beyond the rank come from the mask
         place = packed + (r.to(tl.int64) * features)[None, :] + k[:, None]
         mask = (k < features)[:, None] & (r < rank)[None, :]
@@ -113,7 +115,7 @@ def _low_rank_kernel(
     place = factor + (unit.to(tl.int64) * factor_unit)[:, None] + (r * factor_rank)[None, :]
     b = tl.load(place, mask=inside[:, None] & (r < rank)[None, :], other=0.0).to(tl.float32)
     slot = out + first_unit + unit
-    tl.store(slot, tl.sum(a, 1).to(tl.float64), mask=inside)
+    tl.store(slot, tl.sum(a, 1), mask=inside)
     tl.store(slot + total, tl.sum((projected * b).to(tl.float64), 1), mask=inside)
 
 
