@@ -93,7 +93,7 @@ def coupling(
     | `within_layer` | 0.98, 0.83 to 1.00 | 0.97, 0.85 to 1.00 |
 
     Lowest are ρ `within_layer` of one run of 6 layers and the slope of `units`, both where the
-    relation is strong. Bare percentiles of the same resamples covered 0.91, at worst 0.75. These
+    relation is strong. Bare percentiles of such resamples covered 0.91, at worst 0.75. These
     are intervals for the layers and runs one might have had, not for these alone.
 
     **p-value.** Two-sided, for Pearson's r, (1 + hits) / (1 + permutations). The ΔM paths of whole
