@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import dora_dynamics as dd
-from analyses import docstrings, reproduce
-from analyses.finetuning import PAPER_TOTAL_DECAY, Recipe, default_model
+from analyses import reproduce
+from analyses.finetuning import docstrings
+from analyses.finetuning.models import default_model
+from analyses.finetuning.recipe import PAPER_TOTAL_DECAY, Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,9 +22,9 @@ def test_docstrings_are_real_distinct_and_reproducible() -> None:
     examples = docstrings.collect(30, packages=["python", "numpy"], seed=5)
     assert examples == docstrings.collect(30, packages=["python", "numpy"], seed=5)
     assert examples != docstrings.collect(30, packages=["python", "numpy"], seed=6)
-    assert [example.package for example in examples].count("numpy") == 30
+    assert [example.label for example in examples].count("numpy") == 30
     assert len({example.text for example in examples}) == 60
-    assert len({example.name for example in examples}) == 60
+    assert len({example.query for example in examples}) == 60
 
 
 def test_too_few_docstrings_is_one_sentence() -> None:
@@ -67,7 +69,8 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     for ending in ("png", "svg"):
         assert (tmp_path / "figures" / f"reproduction.{ending}").stat().st_size > 10_000
     about = json.loads((tmp_path / "analyses/results/reproduction.json").read_text())
-    assert set(about["scores"]) == {"before", "FT-seed0", "LoRA-seed0", "DoRA-seed0"}
+    assert [job["job"] for job in about["jobs"]] == ["FT-seed0", "LoRA-seed0", "DoRA-seed0"]
+    assert all(0 <= job["retrieval"] <= 1 for job in [about["before"], *about["jobs"]])
     assert about["versions"]["torch"] == torch.__version__
 
     table = pd.read_csv(tmp_path / "analyses/results/reproduction.csv")

@@ -1,0 +1,224 @@
+"""Many fine-tuning runs from one starting point, spread over processes and GPUs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import dora_dynamics as dd
+from analyses.finetuning import docstrings, models, pairs
+from analyses.finetuning.recipe import Recipe
+from analyses.finetuning.task import PairModel, Task, make_task
+from analyses.finetuning.training import adapt, fine_tune
+from dora_dynamics import provenance
+
+if TYPE_CHECKING:
+    import argparse
+
+Adapt: TypeAlias = Callable[[PairModel, Recipe], None]
+
+WORKERS_PER_GPU: Final = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its run directory; unlike all others of the sweep.
+        recipe: how it is trained.
+        seed: of the adapters' start and of the order of the examples.
+        tags: what tells its condition; columns of the tables that `Sweep` reads.
+        follow: what to record where that is not the recipe's roles.
+        recording: further arguments of the `Recorder`.
+        adapt: prepares the model for the recipe's method; a function of a module.
+    """
+
+    name: str
+    recipe: Recipe
+    seed: int
+    tags: dict[str, Any] = field(default_factory=dict)
+    follow: tuple[str, ...] | None = None
+    recording: dict[str, Any] = field(default_factory=dict)
+    adapt: Adapt = adapt
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What came out of the jobs of a sweep.
+
+    Attributes:
+        about: data, model, versions, machine, and the score of every job: what is written beside
+            the results as JSON.
+        folder: holds the run directories.
+    """
+
+    about: dict[str, Any]
+    folder: Path
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """A row a job: its name, its tags, its held-out score, its seconds."""
+        return pd.DataFrame(self.about["jobs"])
+
+    def trajectory(self, count: int | None = 4) -> pd.DataFrame:
+        """All rows of all runs, or those of `count` late checkpoints, with the tags as columns."""
+        tables = []
+        for job in self.about["jobs"]:
+            table = dd.load_runs(self.folder / job["job"])
+            table = table if count is None else dd.select_checkpoints(table, count, "late")
+            own = {name: job[name] for name in job if name not in _SCORES | set(table.columns)}
+            tables.append(table.assign(**own))
+        return pd.concat(tables, ignore_index=True)
+
+
+_SCORES: Final = frozenset({"retrieval", "label", "loss", "seconds", "error"})
+
+
+def add_options(
+    parser: argparse.ArgumentParser, name: str, *, steps: int, batch_size: int, seeds: int
+) -> None:
+    """The options that every recipe of the study has."""
+    parser.add_argument(
+        "--model", help="folder or hub name of a base model; default: packaged MiniLM"
+    )
+    parser.add_argument(
+        "--data",
+        help="JSONL of pairs, or a data set's name; default: docstrings of installed packages",
+    )
+    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, from 0 on")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--examples", type=int, default=300, help="docstrings of each package")
+    parser.add_argument("--held-out", type=int, default=300, help="pairs kept for the score")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, help="processes; default: some a GPU, one on a CPU")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder to write in")
+    parser.add_argument("--name", default=name, help="name of the files written")
+    parser.add_argument("--redraw", action="store_true", help="use the results of the last time")
+
+
+def results(options: argparse.Namespace, ending: str = ".json") -> Path:
+    """The file of results of a recipe."""
+    return Path(options.out) / "analyses" / "results" / f"{options.name}{ending}"
+
+
+def run_or_read(options: argparse.Namespace, jobs: Sequence[Job]) -> Sweep:
+    """Run the jobs, or with `--redraw` read what the last run of them left."""
+    file = results(options)
+    folder = Path(options.out) / "runs" / options.name
+    if options.redraw:
+        return Sweep(json.loads(file.read_text(encoding="utf-8")), folder)
+    sweep = run(options, jobs, folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(sweep.about, indent=1) + "\n", encoding="utf-8")
+    return sweep
+
+
+def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep:
+    """Run all jobs from the model and the data that the options name."""
+    found = pairs.read(options.data) if options.data else docstrings.collect(options.examples)
+    backbone, tokenizer = models.load(options.model)
+    task = make_task(found, options.held_out, tokenizer)
+    device = torch.device(options.device)
+    base = PairModel(backbone, len(task.labels)).to(device)
+    base.fit_head(task.train.to(device))
+    before = base.score(task.held_out.to(device))
+    workers = options.workers or (WORKERS_PER_GPU * _gpus() if device.type == "cuda" else 1)
+    done: list[dict[str, Any]] = []
+    with tqdm(
+        total=len(jobs), desc=options.name, unit="run", disable=True if workers == 1 else None
+    ) as bar:
+        for outcome in _outcomes(base, task, jobs, folder, device, min(workers, len(jobs))):
+            done.append(outcome)
+            bar.update()
+            bar.set_postfix(last=outcome["job"], refresh=False)
+    order = {job.name: place for place, job in enumerate(jobs)}
+    about = {
+        "model": Path(options.model).name if options.model else models.MINILM,
+        "data": options.data and Path(options.data).name,
+        "pairs": len(found),
+        "data_digest": pairs.digest(found),
+        "held_out": options.held_out,
+        "before": asdict(before),
+        "jobs": sorted(done, key=lambda outcome: order[outcome["job"]]),
+        "recipes": _recipes(jobs),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+    }
+    return Sweep(about, folder)
+
+
+def _recipes(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """The distinct recipes of the jobs, in their order."""
+    return [asdict(recipe) for recipe in dict.fromkeys(job.recipe for job in jobs)]
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count()
+
+
+def _outcomes(
+    base: PairModel,
+    task: Task,
+    jobs: Sequence[Job],
+    folder: Path,
+    device: torch.device,
+    workers: int,
+) -> Iterator[dict[str, Any]]:
+    if workers <= 1:
+        there = task.to(device)
+        for job in jobs:
+            yield _outcome(base, there, job, folder)
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    given = (base.to("cpu"), task, folder, device.type, counter)
+    with context.Pool(workers, _start, given) as pool:
+        yield from pool.imap_unordered(_outcome_of, jobs)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start(base: PairModel, task: Task, folder: Path, device_type: str, counter: Any) -> None:
+    """Prepare a worker process: its GPU in turn, and the model and the data on it."""
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    torch.set_num_threads(1)
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", number % _gpus())
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    _worker.update(base=base.to(device), task=task.to(device), folder=folder)
+
+
+def _outcome_of(job: Job) -> dict[str, Any]:
+    return _outcome(_worker["base"], _worker["task"], job, _worker["folder"])
+
+
+def _outcome(base: PairModel, task: Task, job: Job, folder: Path) -> dict[str, Any]:
+    """Run one job; its name, its tags, its score, and how long it took."""
+    start = perf_counter()
+    score = fine_tune(
+        base,
+        task,
+        job.recipe,
+        job.seed,
+        folder / job.name,
+        adapt=job.adapt,
+        follow=job.follow,
+        **job.recording,
+    )
+    about = {"job": job.name, "method": job.recipe.method, "seed": job.seed} | job.tags
+    return about | asdict(score) | {"seconds": round(perf_counter() - start, 1)}

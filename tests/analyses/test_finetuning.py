@@ -1,0 +1,207 @@
+"""The experiment behind the study: data, models of each shape, optimizers, sweeps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import dora_dynamics as dd
+from analyses.finetuning import pairs, sweep
+from analyses.finetuning.pairs import Pair
+from analyses.finetuning.recipe import Recipe
+from analyses.finetuning.sweep import Job
+from analyses.finetuning.task import PairModel, make_task
+from analyses.finetuning.training import adapt, decays, fine_tune, make_optimizer, order_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+WORDS = ["walk", "over", "hill", "tree", "gate", "river", "stone", "cloud", "moss", "bird"]
+
+
+@pytest.fixture(scope="module")
+def some_pairs() -> list[Pair]:
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.randint(len(WORDS), (40, 7), generator=generator)
+    return [
+        Pair(" ".join(WORDS[i] for i in row[:2]), " ".join(WORDS[i] for i in row), "ab"[n % 2])
+        for n, row in enumerate(drawn)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    words = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def tiny(shape: str) -> PreTrainedModel:
+    from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConfig, LlamaModel
+
+    size: dict[str, Any] = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    if shape == "encoder":
+        return BertModel(BertConfig(num_hidden_layers=2, **size))
+    if shape == "decoder":
+        return LlamaModel(LlamaConfig(num_hidden_layers=2, num_key_value_heads=2, **size))
+    layers: dict[str, Any] = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 12,
+        "decoder_ffn_dim": 12,
+    }
+    heads: dict[str, Any] = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartModel(BartConfig(vocab_size=12, d_model=8, pad_token_id=0, **layers, **heads))
+
+
+@pytest.mark.parametrize("shape", ["encoder", "decoder", "encoder-decoder"])
+def test_every_shape_of_model_learns_the_pairs(
+    shape: str, some_pairs: list[Pair], tokenizer: Any, tmp_path: Path
+) -> None:
+    task = make_task(some_pairs, 10, tokenizer)
+    base = PairModel(tiny(shape), len(task.labels))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    held_out = base.score(task.train)
+    recipe = Recipe("FT", steps=30, batch_size=10, learning_rate=1e-2)
+    learned = fine_tune(base, replace(task, held_out=task.train), recipe, 0, tmp_path / "run")
+    assert learned.loss < held_out.loss - 0.3
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    table = dd.load_runs(tmp_path / "run")
+    assert set(table["role"]) == {"query", "value"}
+    stacks = set(table["stack"])
+    assert stacks == ({"encoder", "decoder"} if shape == "encoder-decoder" else stacks)
+    assert (table.loc[table["step"] == 30, "delta_direction"] > 0).all()
+
+
+def test_padding_changes_nothing(some_pairs: list[Pair], tokenizer: Any) -> None:
+    task = make_task(some_pairs, 10, tokenizer)
+    model = PairModel(tiny("encoder"), len(task.labels)).double().eval()
+    queries, texts = task.train.queries, task.train.texts
+    together = model.embed(queries.beside(texts))
+    apart = torch.cat([model.embed(queries.trimmed()), model.embed(texts.trimmed())])
+    torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
+
+
+def test_what_decays() -> None:
+    for method, names in {
+        "DoRA": {"all": {"lora_A", "lora_B", "magnitude"}, "magnitude": {"magnitude"},
+                 "factors": {"lora_A", "lora_B"}, "none": set()},
+        "LoRA": {"all": {"lora_A", "lora_B"}, "magnitude": set(), "none": set()},
+    }.items():  # fmt: skip
+        model = PairModel(tiny("encoder"), 2)
+        adapt(model, Recipe(method, rank=2))
+        for decay_on, expected in names.items():
+            found = {
+                name.rpartition(".")[2]
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and decays(name, parameter, decay_on)  # type: ignore[arg-type]
+            }
+            assert found == expected
+    model = PairModel(tiny("encoder"), 2)
+    adapt(model, Recipe("FT"))
+    exempt = {n for n, p in model.named_parameters() if not decays(n, p, "all")}
+    assert exempt == {
+        n
+        for n, _ in model.named_parameters()
+        if n.endswith("bias") or "LayerNorm" in n or "head." in n
+    }
+    with pytest.raises(ValueError, match="none of FT"):
+        adapt(model, Recipe("LORA"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "decay"),
+    [
+        ("adamw", "AdamW", True),
+        ("adam_l2", "Adam", True),
+        ("adam", "Adam", False),
+        ("sgd", "SGD", True),
+    ],
+)
+def test_optimizers(name: Any, kind: str, decay: bool) -> None:
+    model = PairModel(tiny("encoder"), 2)
+    recipe = Recipe("FT", steps=10, learning_rate=1e-3, total_decay=0.1, optimizer=name)
+    adapt(model, recipe)
+    optimizer = make_optimizer(model, recipe)
+    assert type(optimizer).__name__ == kind
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {recipe.weight_decay * decay, 0.0}
+    held = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert held == len(list(model.parameters()))
+
+
+def test_no_batch_holds_an_example_twice() -> None:
+    order = order_of(20, Recipe("FT", steps=9, batch_size=12), seed=1)
+    assert order.shape == (9, 12)
+    assert all(len(set(batch.tolist())) == 12 for batch in order)
+    assert torch.equal(order, order_of(20, Recipe("FT", steps=9, batch_size=12), seed=1))
+    assert not torch.equal(order, order_of(20, Recipe("FT", steps=9, batch_size=12), seed=2))
+
+
+def test_pairs_from_a_file(tmp_path: Path, some_pairs: list[Pair]) -> None:
+    file = tmp_path / "pairs.jsonl"
+    pairs.write(some_pairs, file)
+    assert pairs.read(str(file)) == some_pairs
+    file.write_text('{"question": "a b", "answer": "c", "n": 3}\n\n{"text": "t", "query": "q"}\n')
+    assert pairs.read(str(file)) == [Pair("a b", "c"), Pair("q", "t")]
+    assert pairs.digest(some_pairs) != pairs.digest(some_pairs[:-1])
+    for content, said in {
+        '{"text": "only"}': "must hold two texts",
+        "[1, 2]": "no JSON object",
+        "no json": "is not JSONL",
+    }.items():
+        file.write_text(content)
+        with pytest.raises(ValueError, match=said):
+            pairs.read(str(file))
+
+
+def test_a_sweep_over_processes_is_a_sweep_in_one(
+    some_pairs: list[Pair], tokenizer: Any, tmp_path: Path
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "pairs.jsonl"
+    tiny("encoder").save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    pairs.write(some_pairs, data)
+    jobs = [
+        Job(
+            f"{method}-{decay}",
+            Recipe(method, 4, 6, total_decay=decay, rank=2),
+            0,
+            {"total": decay},
+        )
+        for method in ("FT", "DoRA")
+        for decay in (0.0, 0.1)
+    ]
+    parser = argparse.ArgumentParser()
+    sweep.add_options(parser, "sweep", steps=4, batch_size=6, seeds=1)
+    common = ["--model", str(model), "--data", str(data), "--held-out", "10", "--device", "cpu"]
+    tables = {}
+    for workers in (1, 2):
+        out = ["--workers", str(workers), "--out", str(tmp_path / f"with-{workers}")]
+        options = parser.parse_args([*common, *out])
+        done = sweep.run_or_read(options, jobs)
+        assert list(done.scores["job"]) == [job.name for job in jobs]
+        tables[workers] = done.trajectory(count=None)
+        again = sweep.run_or_read(parser.parse_args([*common, *out, "--redraw"]), jobs)
+        assert again.trajectory(count=None).equals(tables[workers])
+        about = json.loads(sweep.results(options).read_text())
+        assert about["pairs"] == 40
+        assert len(about["recipes"]) == 4
+    measures = ["method", "total", "seed", "step", "site"]
+    assert tables[1][measures].equals(tables[2][measures])
+    for name in ("delta_magnitude", "delta_direction", "total_decay"):
+        torch.testing.assert_close(
+            torch.tensor(tables[1][name].to_numpy()), torch.tensor(tables[2][name].to_numpy()),
+            rtol=1e-4, atol=1e-8,
+        )  # fmt: skip
