@@ -133,6 +133,7 @@ def coupling(
     measures = _measures(level, signed)
     extra = ["units"] if level == "units" else []
     _require(trajectory, [*by, "run", "step", "site", *measures, *extra])
+    trajectory = trajectory.reset_index(drop=True)  # its levels may have the names of columns
 
     needed = measures[:1] if level == "units" else measures
     records: list[dict[str, object]] = []
@@ -180,7 +181,9 @@ def coupling(
     counted = ["n", "cells", "runs", "layers", "dropped", *extra]
     numbers = [name for estimate in ESTIMATES for name in _with_bounds(estimate)]
     columns = [*by, "level", "signed", *counted, *numbers, "p_value", "reason"]
-    return pd.DataFrame(records, columns=columns)
+    kinds = trajectory[by].dtypes
+    categories = {name: kinds[name] for name in by if isinstance(kinds[name], pd.CategoricalDtype)}
+    return pd.DataFrame(records, columns=columns).astype(categories)
 
 
 def select_checkpoints(
@@ -284,8 +287,8 @@ def _layers(frame: pd.DataFrame) -> IntArray:
     """Which layer each row belongs to: stack and layer number, or its site where it has none."""
     key = pd.DataFrame(index=frame.index)
     key["layer"] = _numbers(frame, "layer") if "layer" in frame else np.nan
-    key["stack"] = frame["stack"].fillna("") if "stack" in frame else ""
-    key["site"] = frame["site"].where(key["layer"].isna(), "")
+    key["stack"] = frame["stack"].astype(object).fillna("") if "stack" in frame else ""
+    key["site"] = frame["site"].astype(object).where(key["layer"].isna(), "")
     return _codes(key, ["layer", "stack", "site"])
 
 

@@ -539,3 +539,16 @@ def test_checkpoints_refuse_wrong_input() -> None:
         chosen_steps([1, 2], kind="mid")
     with pytest.raises(ValueError, match="lacks what is needed here: run"):
         select_checkpoints(pd.DataFrame({"step": [1]}))
+
+
+@pytest.mark.parametrize("level", ["within_step", "within_layer", "units"])
+def test_categories_and_any_index_give_the_same_numbers(level: Level) -> None:
+    plain = simulated(layers=4, steps=3)
+    words = dict.fromkeys(["run", "method", "role", "site", "stack"], "category")
+    table = plain.astype(words).astype({"layer": "Int64", "delta_magnitude": "Float64"})
+    table.index = pd.MultiIndex.from_arrays([table["run"], table["step"]])
+    options = {"level": level, "permutations": 20, "resamples": 50}
+    found = coupling(table, by=["method", "role"], **options)  # type: ignore[arg-type]
+    expected = coupling(plain, by=["method", "role"], **options)  # type: ignore[arg-type]
+    assert isinstance(found["role"].dtype, pd.CategoricalDtype)
+    pd.testing.assert_frame_equal(found.astype({"method": str, "role": str}), expected)

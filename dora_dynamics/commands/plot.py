@@ -24,11 +24,13 @@ _KINDS = {
     help="; ".join(f"{name}: {meaning}" for name, meaning in _KINDS.items()) + ".",
 )
 @click.option("--signed", is_flag=True, help="Use signed ΔM: negative where units shrink.")
-@click.option("--style", type=click.Choice(["paper", "slide"]), default="paper", show_default=True)
+@click.option(
+    "--style", type=click.Choice(["paper", "column", "slide"]), default="paper", show_default=True
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("magnitude_direction.png"),
+    default=Path("magnitude_direction.svg"),
     show_default=True,
     help="File to write: .png, .svg or .pdf.",
 )

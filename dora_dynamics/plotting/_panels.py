@@ -1,24 +1,31 @@
-"""What the figures of a trajectory share: checked rows, a grid of panels, legends of layers."""
+"""What the figures of a trajectory share: checked rows, a grid of panels, legends of layers.
+
+The rule of `ax=` in every figure: one axes for each panel, in the order of the panels; one axes
+alone where there is one panel. Legends then stand at the right of the last axes, and are left out
+with `legend=False`.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from dora_dynamics.plotting._figure import StyledFigure
 from dora_dynamics.plotting._style import (
     FINAL_MARKER,
     LAYER_COLOURS,
     LAYER_MAP,
+    LAYER_MARKERS,
     LINE_COLOUR,
     NO_LAYER_COLOUR,
     Style,
@@ -29,10 +36,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Drawable: TypeAlias = Axes | Iterable[Axes] | np.ndarray | None
 
 _FIRST_METHODS: Final = ("FT", "LoRA", "DoRA")
-_MOST_COLUMNS: Final = 4
 _ONE_ROW: Final = 20
+_IN_COLUMN: Final = 3
 _Corner: TypeAlias = Literal[
     "outside lower left", "outside lower right", "outside right upper", "outside right lower"
 ]
@@ -81,6 +91,16 @@ def in_order(names: Iterable[str]) -> list[str]:
     return known + [name for name in distinct if name not in known]
 
 
+def order_of(table: pd.DataFrame, column: str, present: Iterable[str]) -> list[str]:
+    """The order of a column's values: that of a categorical, else that of `in_order`."""
+    found = in_order(present)
+    kind = table[column].dtype
+    if isinstance(kind, pd.CategoricalDtype):
+        given = list(map(str, kind.categories))
+        return sorted(found, key=lambda name: given.index(name) if name in given else len(given))
+    return found
+
+
 @dataclass(frozen=True)
 class Panel:
     """One panel of a grid: where it is drawn and which rows belong to it."""
@@ -97,36 +117,38 @@ class Panel:
 
 
 def panels(
-    rows: pd.DataFrame, by: str, style: Style, axes: Axes | Sequence[Axes] | np.ndarray | None
+    rows: pd.DataFrame,
+    by: str,
+    style: Style,
+    ax: Drawable,
+    groups: Sequence[str],
+    roles: Sequence[str],
 ) -> tuple[Figure, list[Panel]]:
-    """A grid with a block of panels per role and a panel per value of `by` in it.
+    """A grid with a block of panels per role and a panel per group in it.
 
-    A block is one row of panels while at most four fit, else several rows. Panels without any row
-    (a group that lacks a role) stay as empty, titled axes.
+    A block is one row of panels while they fit, else several rows. Panels without any row (a group
+    that lacks a role) stay as empty, titled axes.
 
     Args:
         rows: Table with columns `by` and ``role``.
         by: Column whose values are the groups.
         style: Sizes of a new figure.
-        axes: As many axes as there are panels, to draw into; a new figure where None.
+        ax: As many axes as there are panels, to draw into; a new figure where None.
+        groups: The values of `by`, in the order of their panels.
+        roles: The roles, in the order of their blocks; not used where `by` is the role.
 
     Raises:
-        ValueError: `axes` are too few or too many.
+        ValueError: The axes are too few or too many, or belong to no figure.
     """
     group_of = rows[by]
-    rows = rows.assign(role="") if by == "role" else rows
-    groups, roles = in_order(group_of), list(dict.fromkeys(rows["role"]))
+    if by == "role":
+        rows, roles = rows.assign(role=""), [""]
     keys = [(group, role) for role in roles for group in groups]
-    if axes is None:
+    figure: Figure
+    if ax is None:
         figure, flat = _grid(len(roles), len(groups), style)
     else:
-        flat = list(np.atleast_1d(np.asarray(axes, dtype=object)).ravel())
-        if len(flat) != len(keys):
-            raise ValueError(f"axes: {len(keys)} panels are to be drawn, but {len(flat)} given.")
-        top = flat[0].get_figure(root=True)
-        if top is None:
-            raise ValueError("axes: they belong to no figure.")
-        figure = top
+        figure, flat = given_axes(ax, len(keys))
     selected = [rows[(group_of == group) & (rows["role"] == role)] for group, role in keys]
     return figure, [
         Panel(one, group, role, mine)
@@ -134,12 +156,27 @@ def panels(
     ]
 
 
-def _grid(blocks: int, count: int, style: Style) -> tuple[Figure, list[Axes]]:
-    lines = math.ceil(count / _MOST_COLUMNS)
+def given_axes(ax: Drawable, needed: int) -> tuple[Figure, list[Axes]]:
+    """The caller's axes, of which as many are needed as there are panels, and their figure."""
+    several = list(ax) if np.iterable(ax) else [ax]
+    flat: list[Axes] = list(np.asarray(several, dtype=object).ravel())
+    if len(flat) != needed:
+        raise ValueError(
+            f"ax: {needed} panels are to be drawn, but {len(flat)} axes given; give one for each "
+            "panel, or keep the rows of fewer panels."
+        )
+    figure = flat[0].get_figure(root=True)
+    if figure is None:
+        raise ValueError("ax: the axes belong to no figure.")
+    return figure, flat
+
+
+def _grid(blocks: int, count: int, style: Style) -> tuple[StyledFigure, list[Axes]]:
+    lines = math.ceil(count / style.most_columns)
     columns = math.ceil(count / lines)
     width = style.column_width if columns == 1 else style.text_width
-    height = style.panel_height * blocks * lines + 0.35 * style.panel_height
-    figure = Figure(figsize=(width, height), layout="constrained")
+    height = style.panel_height * (blocks * lines + 0.35)
+    figure = StyledFigure(style, figsize=(width, height), layout="constrained")
     grid = figure.subplots(blocks * lines, columns, squeeze=False)
     flat: list[Axes] = []
     for block in range(blocks):
@@ -148,6 +185,17 @@ def _grid(blocks: int, count: int, style: Style) -> tuple[Figure, list[Axes]]:
             unused.remove()
         flat += ours[:count]
     return figure, flat
+
+
+def add_headroom(drawn: Sequence[Panel], share: float) -> None:
+    """Room above the data for text; panels that share their y axis get it once."""
+    done: set[Axes] = set()
+    for panel in drawn:
+        if panel.axes not in done:
+            done |= set(panel.axes.get_shared_y_axes().get_siblings(panel.axes))
+            panel.axes.autoscale_view()
+            low, high = panel.axes.get_ylim()
+            panel.axes.set_ylim(low, high + share * (high - low))
 
 
 def label_outer(drawn: Sequence[Panel], x_label: str, y_label: str) -> None:
@@ -192,6 +240,12 @@ class Layers:
         table: Mapping[int, str] = layer_colours(self.numbers)
         return [NO_LAYER_COLOUR if pd.isna(one) else table[int(one)] for one in layers]
 
+    def marker(self, layer: object) -> str:
+        """The marker of a layer's line; none where layers are too many for a legend."""
+        if len(self.numbers) > len(LAYER_MARKERS) or pd.isna(layer):  # type: ignore[call-overload]
+            return ""
+        return LAYER_MARKERS[self.numbers.index(int(layer))]  # type: ignore[call-overload]
+
     def handles(self, style: Style, *, lines: bool = False) -> list[Line2D]:
         """Legend entries, one per layer; none where there are too many layers for a legend."""
         entries = {str(layer): colour for layer, colour in layer_colours(self.numbers).items()}
@@ -200,8 +254,22 @@ class Layers:
         if self.unnumbered:
             entries["none" if entries else "no layer"] = NO_LAYER_COLOUR
         if lines:
-            return [Line2D([], [], color=colour, label=name) for name, colour in entries.items()]
+            markers = dict(zip(map(str, self.numbers), LAYER_MARKERS, strict=False))
+            return [
+                Line2D([], [], color=colour, label=name, **line_marker(style, markers.get(name)))
+                for name, colour in entries.items()
+            ]
         return [dot(style, FINAL_MARKER, colour, name) for name, colour in entries.items()]
+
+
+def line_marker(style: Style, marker: str | None) -> dict[str, Any]:
+    """How a line carries a marker that tells it apart without its colour."""
+    return {
+        "marker": marker or "",
+        "markersize": 0.85 * math.sqrt(style.marker_area),
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.25 * style.line_width,
+    }
 
 
 def dot(style: Style, marker: str, colour: str, label: str, *, filled: bool = True) -> Line2D:
@@ -225,6 +293,7 @@ def legends(
     layers: Layers,
     entries: Mapping[str, Sequence[Line2D]],
     *,
+    style: Style,
     own_layout: bool,
 ) -> None:
     """Puts legends beside the panels, never over them, and a colour bar for many layers.
@@ -234,6 +303,7 @@ def legends(
         drawn: Its panels.
         layers: What the colours mean; more than `LAYER_COLOURS` of them give a colour bar.
         entries: Title to entries; empty ones give no legend.
+        style: That of the figure.
         own_layout: Whether the figure was made here and has a constrained layout. Axes given by
             the caller get their legends at the right of the last panel.
     """
@@ -241,6 +311,9 @@ def legends(
     shown = {title: list(handles) for title, handles in entries.items() if handles}
     across = own_layout and max(column for _, column in places) > 0
     most, corners = (_ONE_ROW, _LOWER) if across else (1, _RIGHT)
+    if own_layout and style.most_columns == 1:
+        most, corners = _IN_COLUMN, _LOWER
+        shown = _together(shown)
     if len(layers.numbers) > len(LAYER_COLOURS):
         # One legend below the panels: the colour bar has the place beside them.
         most, corners = (most if across else 2), _LOWER
@@ -268,15 +341,33 @@ def legends(
                 borderaxespad=0.3,
             )
         else:
-            last = drawn[-1].axes
-            made = last.legend(
-                handles=handles,
-                title=title,
-                loc="upper left" if number == 0 else "lower left",
-                bbox_to_anchor=(1.02, 1.0 if number == 0 else 0.0),
-                borderaxespad=0.0,
-                alignment="left",
-            )
-            if number + 1 < len(shown):
-                last.add_artist(made)  # or the next legend replaces it
+            made = beside(drawn[-1].axes, handles, title, number)
         made.get_title().set_color(LINE_COLOUR)
+
+
+def beside(axes: Axes, handles: Sequence[Line2D], title: str | None, number: int) -> Legend:
+    """A legend at the right of the caller's axes: the first at the top, the second below."""
+    made = Legend(
+        axes,
+        list(handles),
+        [str(handle.get_label()) for handle in handles],
+        title=title,
+        loc="upper left" if number == 0 else "lower left",
+        bbox_to_anchor=(1.02, 1.0 if number == 0 else 0.0),
+        borderaxespad=0.0,
+        alignment="left",
+    )
+    axes.add_artist(made)  # not `axes.legend`, which would replace the caller's own
+    made.set_clip_on(False)  # part of what a tight layout keeps
+    return made
+
+
+def _together(entries: Mapping[str, Sequence[Line2D]]) -> dict[str, list[Line2D]]:
+    """All entries in one legend, numbers with their title's name before them."""
+    handles = []
+    for title, ours in entries.items():
+        for handle in ours:
+            label = str(handle.get_label())
+            handle.set_label(f"{title} {label}" if label.isdigit() else label)
+            handles.append(handle)
+    return {", ".join(entries): handles} if handles else {}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-StyleName = Literal["paper", "slide"]
+StyleName = Literal["paper", "column", "slide"]
 
 LAYER_COLOURS: Final = (
     "#0072B2",
@@ -29,6 +29,13 @@ LAYER_MAP: Final = "viridis"
 """The colour map of models with more layers than `LAYER_COLOURS`."""
 
 NO_LAYER_COLOUR: Final = "#777777"
+LAYER_MARKERS: Final = ("o", "s", "D", "^", "v", "P", "X")
+"""Markers of lines that stand for layers: as many as `LAYER_COLOURS`."""
+
+METHOD_COLOURS: Final = {"FT": "#0072B2", "LoRA": "#D55E00", "DoRA": "#009E73"}
+METHOD_MARKERS: Final = {"FT": "o", "LoRA": "s", "DoRA": "D"}
+"""Colours and markers of the paper's three methods, where methods share a panel."""
+
 LINE_COLOUR: Final = "#333333"
 INTERMEDIATE_MARKERS: Final = ("^", "s", "D")
 FINAL_MARKER: Final = "o"
@@ -40,6 +47,9 @@ MARKER_SCALE: Final = {"^": 1.15, "s": 0.8, "D": 0.65, "o": 1.0}
 class Style:
     """Sizes for one medium, in inches and points.
 
+    "paper" fits two-column pages: one column of panels 3.25 in wide, several across the page.
+    "column" puts all panels below each other into one column. "slide" is for a screen.
+
     Attributes:
         column_width: Width of a figure with one column of panels.
         text_width: Width of a figure with several.
@@ -47,6 +57,8 @@ class Style:
         font_size: Size of labels; ticks and legends are one point smaller.
         marker_area: Area of a point, in square points.
         line_width: Width of drawn lines; axes are thinner.
+        most_columns: Panels side by side before a new row begins.
+        dpi: Dots per inch where the figure is saved as pixels.
     """
 
     column_width: float
@@ -55,6 +67,8 @@ class Style:
     font_size: float
     marker_area: float
     line_width: float
+    most_columns: int = 4
+    dpi: int = 300
 
     def rc(self) -> dict[Any, Any]:
         """The matplotlib settings of this style."""
@@ -96,6 +110,7 @@ class Style:
             "mathtext.default": "regular",
             "lines.linewidth": self.line_width,
             "savefig.facecolor": "white",
+            "savefig.dpi": self.dpi,
         }
 
 
@@ -110,7 +125,8 @@ FILE_RC: Final[dict[Any, Any]] = {
 
 _STYLES: Final[dict[StyleName, Style]] = {
     "paper": Style(3.25, 6.75, 2.05, 7.5, 15.0, 1.1),
-    "slide": Style(8.0, 12.8, 4.6, 15.0, 60.0, 2.2),
+    "column": Style(3.25, 3.25, 1.8, 7.5, 15.0, 1.1, most_columns=1),
+    "slide": Style(8.0, 12.8, 4.6, 15.0, 60.0, 2.2, dpi=150),
 }
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from dora_dynamics.plotting._panels import checked, dot, in_order
+from dora_dynamics.plotting._figure import StyledFigure
+from dora_dynamics.plotting._panels import beside, checked, dot, given_axes, order_of
 from dora_dynamics.plotting._style import (
     LAYER_COLOURS,
     LINE_COLOUR,
     Style,
     StyleName,
     context,
+    signed_number,
     style_named,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MARKERS: Final = ("o", "s", "D", "^", "v")
 _NAMES: Final = {
@@ -35,6 +40,8 @@ def coupling_forest(
     coupling: pd.DataFrame,
     *,
     by: str = "method",
+    ax: Axes | Iterable[Axes] | np.ndarray | None = None,
+    legend: bool = True,
     style: StyleName = "paper",
     title: str | None = None,
 ) -> Figure:
@@ -48,15 +55,18 @@ def coupling_forest(
     Args:
         coupling: What `dora_dynamics.statistics.coupling` returned, or several of these one below
             the other; at most one row for each method, role and level.
-        by: Column that has a line per value.
-        style: "paper" or "slide".
+        by: Column that has a line per value; a categorical keeps the order of its categories.
+        ax: Axes to draw into, one per role; a new figure where None.
+        legend: Draw the legend of levels.
+        style: "paper", "column" (panels below each other) or "slide".
         title: Title of the figure.
 
     Returns:
-        The figure, not registered with pyplot.
+        The figure, that of `ax` or a new one that is not registered with pyplot.
 
     Raises:
-        ValueError: The table is empty, lacks a column, or has several rows of one place.
+        ValueError: The table is empty, lacks a column, or has several rows of one place, or
+            the axes are too few or too many.
     """
     look = style_named(style)
     published = ["paper"] if "paper" in coupling.columns else []
@@ -66,11 +76,14 @@ def coupling_forest(
     if len(again):
         place = ", ".join(str(part) for part in again.iloc[0][[by, "role", "level"]] if part)
         raise ValueError(f"coupling has several rows for {place}; keep one of them.")
-    groups, roles = in_order(rows[by]), list(dict.fromkeys(rows["role"]))
+    groups, roles = order_of(table, by, rows[by]), order_of(table, "role", rows["role"])
     levels = list(dict.fromkeys(rows["level"]))
     with context(look):
-        figure = _figure(len(roles), len(groups), len(levels), look)
-        all_axes = figure.subplots(1, len(roles), sharey=True, squeeze=False)[0]
+        figure: Figure
+        if ax is None:
+            figure, all_axes = _grid(len(roles), len(groups), len(levels), look)
+        else:
+            figure, all_axes = given_axes(ax, len(roles))
         for axes, role in zip(all_axes, roles, strict=True):
             _frame(axes, groups, look)
             axes.set_title(role)
@@ -81,17 +94,40 @@ def coupling_forest(
         ]
         if published:
             handles.append(dot(look, "D", LINE_COLOUR, "paper", filled=False))
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        if legend and ax is None:
+            columns = min(len(handles), 3 if figure.get_figwidth() < look.text_width else 6)
+            figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        elif legend:
+            beside(all_axes[-1], handles, None, 0)
         if title is not None:
             figure.suptitle(title)
+        if isinstance(figure, StyledFigure):
+            figure.alt = _in_words(rows, by)
     return figure
 
 
-def _figure(roles: int, groups: int, levels: int, style: Style) -> Figure:
-    width = style.column_width if roles == 1 else style.text_width
+def _in_words(rows: pd.DataFrame, by: str) -> str:
+    found = [
+        f"{', '.join(part for part in (row[by], row['role'], row['level']) if part)}: "
+        f"{signed_number(row['pearson'])} "
+        f"[{signed_number(row['pearson_low'])}, {signed_number(row['pearson_high'])}]"
+        for row in rows.to_dict("records")
+        if np.isfinite(row["pearson"])
+    ]
+    return f"Pearson's r of ΔM and ΔD with its interval. {'; '.join(found)}."
+
+
+def _grid(roles: int, groups: int, levels: int, style: Style) -> tuple[StyledFigure, list[Axes]]:
+    columns = min(roles, style.most_columns)
+    lines = math.ceil(roles / columns)
+    width = style.column_width if columns == 1 else style.text_width
     line = style.font_size / 72
-    height = line * (6.5 + groups * (1.3 * levels + 1.0))
-    return Figure(figsize=(width, height), layout="constrained")
+    height = line * (3.0 + lines * (3.5 + groups * (1.3 * levels + 1.0)))
+    figure = StyledFigure(style, figsize=(width, height), layout="constrained")
+    grid = list(figure.subplots(lines, columns, sharey=True, squeeze=False).ravel())
+    for unused in grid[roles:]:
+        unused.remove()
+    return figure, grid[:roles]
 
 
 def _frame(axes: Axes, groups: list[str], style: Style) -> None:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
+from dora_dynamics.plotting._figure import StyledFigure
 from dora_dynamics.plotting._panels import (
     Layers,
     Panel,
+    add_headroom,
     checked,
     dot,
     finite,
     label_outer,
     legends,
+    order_of,
     panels,
 )
 from dora_dynamics.plotting._style import (
@@ -31,7 +34,7 @@ from dora_dynamics.plotting._style import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -49,7 +52,8 @@ def magnitude_direction(
     by: str = "method",
     coupling: pd.DataFrame | None = None,
     signed: bool = False,
-    axes: Axes | Sequence[Axes] | np.ndarray | None = None,
+    ax: Axes | Iterable[Axes] | np.ndarray | None = None,
+    legend: bool = True,
     style: StyleName = "paper",
     title: str | None = None,
 ) -> Figure:
@@ -67,21 +71,25 @@ def magnitude_direction(
     by `dora_dynamics.statistics.coupling`, not here.
 
     Args:
-        trajectory: Table of `dora_dynamics.trajectory`.
+        trajectory: Table of `dora_dynamics.trajectory`; further columns do not matter. Values of a
+            categorical column keep the order of its categories.
         by: Column that has a panel per value.
         coupling: What `statistics.coupling(..., level="pooled")` returned for `by` and, where the
             trajectory has several, ``role``. Computed from the drawn rows where None.
         signed: Draw the mean of m′ − m₀, which may be negative, in place of that of |m′ − m₀|.
-        axes: As many axes as there are panels, role by role, to draw into; else a new figure.
-        style: "paper" (6.75 in wide, one panel 3.25 in) or "slide".
+        ax: Axes to draw into, as many as there are panels, role by role (one alone for one
+            panel), such as those of a seaborn FacetGrid; a new figure where None.
+        legend: Draw the legends of layers and checkpoints.
+        style: "paper" (6.75 in wide, one panel 3.25 in), "column" (panels below each other, 3.25 in
+            wide) or "slide".
         title: Title of the figure.
 
     Returns:
-        The figure, not registered with pyplot.
+        The figure, that of `ax` or a new one that is not registered with pyplot.
 
     Raises:
         ValueError: The table is empty, lacks a column or has nothing finite to draw, `coupling` has
-            not exactly one row for a panel, or `axes` are too few or too many.
+            not exactly one row for a panel, or the axes are too few or too many.
     """
     look = style_named(style)
     measure = "signed_delta_magnitude" if signed else "delta_magnitude"
@@ -94,24 +102,42 @@ def magnitude_direction(
     layers = Layers.of(rows)
     unit = str(trajectory.attrs.get("axis", "output"))
     with context(look):
-        figure, drawn = panels(rows, by, look, axes)
+        groups, roles = (
+            order_of(trajectory, by, rows[by]),
+            order_of(trajectory, "role", rows["role"]),
+        )
+        figure, drawn = panels(rows, by, look, ax, groups, roles)
         crowd = max(len(panel.rows) for panel in drawn)
         area = look.marker_area * min(1.0, max(0.3, math.sqrt(_CROWDED / crowd)))
+        said = []
         for panel in drawn:
-            if panel.rows.empty:
-                panel.axes.set_title(panel.title)
-                continue
-            _points(panel, layers, measure, look, area)
-            _regression(panel, _statistic(table, panel, by, signed), measure)
+            panel.axes.set_title(panel.title)
+            if not panel.rows.empty:
+                _points(panel, layers, measure, look, area)
+                statistic = _statistic(table, panel, by, signed)
+                said.append((panel, _wording(statistic, len(panel.rows))))
+                _regression(panel, float(statistic["slope"]), measure)
+        add_headroom([panel for panel, _ in said], _HEADROOM)
+        for panel, words in said:
+            _print(panel, words)
         delta = "signed ΔM" if signed else "ΔM"
         label_outer(drawn, f"ΔD (mean over {unit} units)", f"{delta} (mean over {unit} units)")
-        entries = {
-            "layer": layers.handles(look),
-            "checkpoint": _checkpoint_handles(rows, by, look),
-        }
-        legends(figure, drawn, layers, entries, own_layout=axes is None)
+        if legend:
+            entries = {
+                "layer": layers.handles(look),
+                "checkpoint": _checkpoint_handles(rows, by, look),
+            }
+            legends(figure, drawn, layers, entries, style=look, own_layout=ax is None)
         if title is not None:
             figure.suptitle(title)
+        if isinstance(figure, StyledFigure):
+            panels_in_words = "; ".join(
+                f"{panel.title}: {words.replace(chr(10), ', ')}" for panel, words in said
+            )
+            figure.alt = (
+                f"Scatter plots of {delta} against ΔD, a panel per {by}, a point per weight and "
+                f"checkpoint, with least-squares lines. {panels_in_words}."
+            )
     return figure
 
 
@@ -173,21 +199,21 @@ def _points(panel: Panel, layers: Layers, measure: str, style: Style, area: floa
     axes.locator_params(nbins=4)
 
 
-def _regression(panel: Panel, statistic: pd.Series, measure: str) -> None:
-    """The line through the points' mean, and the statistic above the highest point."""
-    axes, slope = panel.axes, float(statistic["slope"])
+def _regression(panel: Panel, slope: float, measure: str) -> None:
+    """The line of a slope through the points' mean."""
     x, y = panel.rows["delta_direction"], panel.rows[measure]
     if np.isfinite(slope):
         ends = np.array([x.min(), x.max()])
-        axes.plot(ends, y.mean() + slope * (ends - x.mean()), color=LINE_COLOUR, zorder=3)
-    axes.autoscale_view()
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + _HEADROOM * (high - low))
-    axes.text(
+        panel.axes.plot(ends, y.mean() + slope * (ends - x.mean()), color=LINE_COLOUR, zorder=3)
+
+
+def _print(panel: Panel, words: str) -> None:
+    """The statistic, in the room above the highest point."""
+    panel.axes.text(
         0.04,
         0.97,
-        _wording(statistic, len(x)),
-        transform=axes.transAxes,
+        words,
+        transform=panel.axes.transAxes,
         va="top",
         zorder=1.2,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},

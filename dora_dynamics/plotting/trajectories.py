@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from matplotlib.lines import Line2D
 
+from dora_dynamics.plotting._figure import StyledFigure
 from dora_dynamics.plotting._panels import (
     Layers,
     Panel,
@@ -15,12 +16,14 @@ from dora_dynamics.plotting._panels import (
     in_order,
     label_outer,
     legends,
+    line_marker,
+    order_of,
     panels,
 )
 from dora_dynamics.plotting._style import LINE_COLOUR, Style, StyleName, context, style_named
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
     import pandas as pd
@@ -39,6 +42,7 @@ _LABELS: Final[dict[str, str]] = {
 }
 _DASHES: Final = ("-", "--", ":", "-.")
 _CROWDED: Final = 20
+_MARKERS_A_LINE: Final = 6
 
 
 def trajectories(
@@ -46,30 +50,34 @@ def trajectories(
     measure: Measure = "delta_direction",
     *,
     by: str = "method",
-    axes: Axes | Sequence[Axes] | np.ndarray | None = None,
+    ax: Axes | Iterable[Axes] | np.ndarray | None = None,
+    legend: bool = True,
     style: StyleName = "paper",
     title: str | None = None,
 ) -> Figure:
     """Draws a measure over the steps of training: a line per weight, a panel per method.
 
-    FT, LoRA and DoRA come first; every role has a row of panels. Colours are layers, dashes are
-    stacks. Lines of several runs (seeds) of one method are drawn alike but half transparent. Where
-    the measure is NaN or infinite the line has a gap. The values are those of the table.
+    FT, LoRA and DoRA come first; every role has a row of panels. Colours and markers are layers,
+    dashes are stacks. Lines of several runs (seeds) of one method are drawn alike but half
+    transparent. Where the measure is NaN or infinite the line has a gap. The values are those of
+    the table.
 
     Args:
         trajectory: Table of `dora_dynamics.trajectory`.
         measure: Column to draw, one of `Measure`.
         by: Column that has a panel per value.
-        axes: As many axes as there are panels, role by role, to draw into; else a new figure.
-        style: "paper" or "slide".
+        ax: Axes to draw into, as many as there are panels, role by role (one alone for one
+            panel), such as those of a seaborn FacetGrid; a new figure where None.
+        legend: Draw the legends of layers and stacks.
+        style: "paper", "column" (panels below each other) or "slide".
         title: Title of the figure.
 
     Returns:
-        The figure, not registered with pyplot.
+        The figure, that of `ax` or a new one that is not registered with pyplot.
 
     Raises:
         ValueError: The measure is unknown, the table is empty, lacks a column or has nothing finite
-            to draw, or `axes` are too few or too many.
+            to draw, or the axes are too few or too many.
     """
     look = style_named(style)
     if measure not in get_args(Measure):
@@ -85,7 +93,11 @@ def trajectories(
     layers, stacks = Layers.of(rows), in_order(rows["stack"])
     unit = str(trajectory.attrs.get("axis", "output"))
     with context(look):
-        figure, drawn = panels(rows, by, look, axes)
+        groups, roles = (
+            order_of(trajectory, by, rows[by]),
+            order_of(trajectory, "role", rows["role"]),
+        )
+        figure, drawn = panels(rows, by, look, ax, groups, roles)
         for panel in drawn:
             _lines(panel, measure, layers, stacks, look)
         label_outer(drawn, "step", f"{_LABELS[measure]} (mean over {unit} units)")
@@ -93,14 +105,31 @@ def trajectories(
             Line2D([], [], color=LINE_COLOUR, linestyle=_DASHES[i % len(_DASHES)], label=name)
             for i, name in enumerate(stacks)
         ]
-        entries = {
-            "layer": layers.handles(look, lines=True),
-            "stack": dashes if len(stacks) > 1 else [],
-        }
-        legends(figure, drawn, layers, entries, own_layout=axes is None)
+        if legend:
+            entries = {
+                "layer": layers.handles(look, lines=True),
+                "stack": dashes if len(stacks) > 1 else [],
+            }
+            legends(figure, drawn, layers, entries, style=look, own_layout=ax is None)
         if title is not None:
             figure.suptitle(title)
+        if isinstance(figure, StyledFigure):
+            figure.alt = _in_words(drawn, measure, by)
     return figure
+
+
+def _in_words(drawn: Sequence[Panel], measure: str, by: str) -> str:
+    parts = []
+    for panel in drawn:
+        last = panel.rows[panel.rows["step"] == panel.rows["step"].max()][measure].dropna()
+        if len(last):
+            step = panel.rows["step"].max()
+            span = f"{last.min():.3g} to {last.max():.3g}"
+            parts.append(f"{panel.title}: {span} at step {step:,.0f}")
+    return (
+        f"Lines of {_LABELS[measure]} over the steps of training, a panel per {by}, a line per "
+        f"weight. {'; '.join(parts)}."
+    )
 
 
 def _lines(panel: Panel, measure: str, layers: Layers, stacks: list[str], style: Style) -> None:
@@ -117,5 +146,7 @@ def _lines(panel: Panel, measure: str, layers: Layers, stacks: list[str], style:
             linestyle=_DASHES[stacks.index(line["stack"].iloc[0]) % len(_DASHES)],
             alpha=alpha,
             linewidth=width,
+            markevery=max(1, len(line) // _MARKERS_A_LINE),
+            **line_marker(style, layers.marker(line["layer"].iloc[0])),
         )
     panel.axes.locator_params(nbins=5)

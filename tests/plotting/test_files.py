@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def test_the_same_figure_gives_the_same_bytes(tmp_path: Path) -> None:
     formats = ("png", "svg", "pdf")
     first, second = (
-        save(magnitude_direction(trajectory()), tmp_path / name / "fig.v1", formats)
+        save(
+            magnitude_direction(trajectory(["LoRA"], layers=2)), tmp_path / name / "fig.v1", formats
+        )
         for name in ("a", "b")
     )
     assert [path.name for path in first] == ["fig.v1.png", "fig.v1.svg", "fig.v1.pdf"]
@@ -23,16 +25,20 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_text_stays_text(tmp_path: Path) -> None:
-    (svg,) = save(magnitude_direction(trajectory()), [tmp_path / "figure.svg"])
+    (svg,) = save(magnitude_direction(trajectory(["LoRA"], layers=2)), [tmp_path / "figure.svg"])
     written = svg.read_text(encoding="utf-8")
     assert "LoRA, query</text>" in written
     assert "<dc:date>" not in written
-    (pdf,) = save(magnitude_direction(trajectory()), str(tmp_path / "figure"), ["pdf"])
+    (pdf,) = save(
+        magnitude_direction(trajectory(["LoRA"], layers=2)), str(tmp_path / "figure"), ["pdf"]
+    )
     assert b"/TrueType" in pdf.read_bytes() or b"/CIDFontType2" in pdf.read_bytes()
     assert b"/Type3" not in pdf.read_bytes()
 
 
 def test_unknown_formats_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="png, svg or pdf"):
-        save(magnitude_direction(trajectory()), tmp_path / "figure", ["png", "gif"])
+        save(
+            magnitude_direction(trajectory(["LoRA"], layers=2)), tmp_path / "figure", ["png", "gif"]
+        )
     assert not list(tmp_path.iterdir())

@@ -266,12 +266,12 @@ def test_one_point_has_no_line_and_no_r() -> None:
 def test_draws_into_given_axes() -> None:
     figure = Figure()
     given = figure.subplots(1, 3)
-    assert magnitude_direction(trajectory(), axes=given) is figure
+    assert magnitude_direction(trajectory(), ax=given) is figure
     assert [len(offsets(axes)) for axes in given] == [48, 48, 48]
     legends = [one for one in given[-1].get_children() if type(one).__name__ == "Legend"]
     assert len(legends) == 2
-    with pytest.raises(ValueError, match="3 panels are to be drawn, but 2 given"):
-        magnitude_direction(trajectory(), axes=given[:2])
+    with pytest.raises(ValueError, match="3 panels are to be drawn, but 2 axes given"):
+        magnitude_direction(trajectory(), ax=given[:2])
 
 
 def test_styles_differ_in_size_and_leave_settings_alone() -> None:
