@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from dora_dynamics.errors import InputError
 from dora_dynamics.sites import Site, find_sites
 
 if TYPE_CHECKING:
@@ -177,11 +178,11 @@ def _apply(
     **options: object,
 ) -> list[Site]:
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}.")
+        raise InputError(f"rank must be at least 1, not {rank}.")
     sites = find_sites(model, targets)
     for site in sites:
         if parametrize.is_parametrized(model.get_submodule(site.name), "weight"):
-            raise ValueError(f"{site.name} already has a parametrized weight; merge it first.")
+            raise InputError(f"{site.name} already has a parametrized weight; merge it first.")
     earlier = {
         parameter
         for module in model.modules()
@@ -234,7 +235,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     adapted = [module for module in model.modules() if adapter_of(module) is not None]
     if not adapted:
-        raise ValueError("the model carries no LoRA or DoRA of dora_dynamics to merge.")
+        raise InputError("the model carries no LoRA or DoRA of dora_dynamics to merge.")
     for module in adapted:
         with torch.no_grad():
             merged = cast("Tensor", module.weight).clone()

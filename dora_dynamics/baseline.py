@@ -19,6 +19,7 @@ import torch
 
 from dora_dynamics.effective import Dense, EffectiveWeight, version_of
 from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
+from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, follow
 from dora_dynamics.measurement import measure_all
 from dora_dynamics.sites import find_sites
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from dora_dynamics.sites import Granularity, Site
 
 
-class BaselineError(ValueError):
+class BaselineError(InputError):
     """W_0 is not to be had that way; the message says how it is."""
 
 

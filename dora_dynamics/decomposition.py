@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dora_dynamics import _kernels
+from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -157,7 +158,7 @@ def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> Weigh
     rows_before = _units_first(before, axis, "before")
     rows_after = _units_first(after, axis, "after")
     if before.shape != after.shape:
-        raise ValueError(
+        raise InputError(
             f"before has shape {tuple(before.shape)} but after has shape {tuple(after.shape)}: "
             "compare a weight with a later state of the same weight."
         )
@@ -167,7 +168,7 @@ def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> Weigh
             "would be counted as change; bring both to the dtype they were stored in."
         )
     if before.device != after.device:
-        raise ValueError(
+        raise InputError(
             f"before is on {before.device} but after is on {after.device}: move one of them."
         )
     with torch.no_grad():
@@ -216,12 +217,12 @@ def low_rank_change(
             A.shape[0],
         )
     ):
-        raise ValueError(
+        raise InputError(
             f"a weight of shape {tuple(before.shape)} needs A of shape (rank, {in_features}) and B "
             f"of shape ({out_features}, rank), not {tuple(A.shape)} and {tuple(B.shape)}."
         )
     if magnitude is not None and magnitude.shape != (out_features,):
-        raise ValueError(
+        raise InputError(
             f"magnitude must have shape ({out_features},), not {tuple(magnitude.shape)}."
         )
     with torch.no_grad():
@@ -343,7 +344,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 def _units_first(weight: object, axis: Axis, name: str) -> Tensor:
     """A view of `weight` with one unit per row; raises on what has no units."""
     if axis not in AXES:
-        raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
+        raise InputError(f"axis must be 'output' or 'input', not {axis!r}.")
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{name} must be a torch tensor, not {type(weight).__name__}.")
     if not weight.dtype.is_floating_point:
@@ -351,10 +352,10 @@ def _units_first(weight: object, axis: Axis, name: str) -> Tensor:
             f"{name} must be a floating-point tensor, not {weight.dtype}; dequantise it first."
         )
     if weight.ndim != 2:
-        raise ValueError(
+        raise InputError(
             f"{name} must be a matrix of shape (out, in), not of shape {tuple(weight.shape)}; "
             "flatten a convolution's filters first."
         )
     if weight.numel() == 0:
-        raise ValueError(f"{name} is empty: its shape is {tuple(weight.shape)}.")
+        raise InputError(f"{name} is empty: its shape is {tuple(weight.shape)}.")
     return weight if axis == "output" else weight.T

@@ -16,6 +16,7 @@ from dora_dynamics.effective import (
     quantization_below,
     stored_parameter,
 )
+from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -87,5 +88,5 @@ def common_method(followed: Mapping[str, Followed]) -> str:
     found = {tensor.method() for tensor in followed.values()}
     (method,) = found if len(found) == 1 else (None,)
     if method is None:
-        raise ValueError("the followed weights do not share one known method: pass method=.")
+        raise InputError("the followed weights do not share one known method: pass method=.")
     return method

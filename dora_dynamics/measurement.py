@@ -136,8 +136,8 @@ def _to_host(vectors: Sequence[Tensor]) -> list[Tensor]:
 
 def _span(sites: Sequence[Site]) -> Site:
     """The smallest range of rows that holds all of these sites of one matrix, as a site."""
-    if sites[0].stored_transposed or any(site.rows is None for site in sites):
-        return replace(sites[0], rows=None)  # units that are columns in memory are read together
+    if any(site.rows is None for site in sites):
+        return replace(sites[0], rows=None)
     ranges = [rows for site in sites for rows in site.rows or ()]
     return replace(
         sites[0], rows=((min(start for start, _ in ranges), max(stop for _, stop in ranges)),)

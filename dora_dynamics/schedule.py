@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from dora_dynamics.errors import InputError
+
 Keep = Literal["units", "weights"]
 Schedule = int | Collection[int] | Callable[[int], bool]
 
@@ -22,12 +24,12 @@ def schedule(every: Schedule) -> Callable[[int], bool]:
     if isinstance(every, (int, np.integer)) and not isinstance(every, bool):
         interval = int(every)
         if interval < 1:
-            raise ValueError(f"every must be at least 1, not {every}.")
+            raise InputError(f"every must be at least 1, not {every}.")
         return lambda step: step % interval == 0
     if isinstance(every, Collection) and all(isinstance(step, (int, np.integer)) for step in every):
         steps = frozenset(int(step) for step in every)
         return lambda step: step in steps
-    raise ValueError(f"every must be a number, a list of steps or a callable, not {every!r}.")
+    raise InputError(f"every must be a number, a list of steps or a callable, not {every!r}.")
 
 
 def kept_kinds(keep: Keep | Collection[Keep]) -> frozenset[str]:
@@ -39,5 +41,5 @@ def kept_kinds(keep: Keep | Collection[Keep]) -> frozenset[str]:
     kinds = frozenset([keep] if isinstance(keep, str) else keep)
     unknown = kinds - set(get_args(Keep))
     if unknown:
-        raise ValueError(f"keep may name 'units' and 'weights', not {sorted(unknown)}.")
+        raise InputError(f"keep may name 'units' and 'weights', not {sorted(unknown)}.")
     return kinds

@@ -15,21 +15,14 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
-from dora_dynamics._resampling import (
-    ESTIMATES,
-    MINIMUM_LAYERS,
-    Panel,
-    PanelLevel,
-    Points,
-    UnitRows,
-    bootstrap,
-    jackknife,
-)
+from dora_dynamics._intervals import MINIMUM_LAYERS, bootstrap, jackknife
+from dora_dynamics._points import ESTIMATES, Panel, PanelLevel, Points, UnitRows
+from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dora_dynamics._resampling import IntArray
+    from dora_dynamics._cell import IntArray
     from dora_dynamics.correlation import BoolArray, FloatArray
 
 Level: TypeAlias = Literal["pooled", "within_step", "within_layer", "units"]
@@ -208,9 +201,9 @@ def select_checkpoints(
         ValueError: If columns are missing, `count` is below 1 or `kind` is unknown.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1; got {count}.")
+        raise InputError(f"count must be at least 1; got {count}.")
     if kind not in _SPANS:
-        raise ValueError(f"kind must be one of {', '.join(_SPANS)}; got {kind!r}.")
+        raise InputError(f"kind must be one of {', '.join(_SPANS)}; got {kind!r}.")
     _require(trajectory, ["run", "step"])
     start, end = _SPANS[kind]
     fractions = start + (end - start) * np.arange(1, count + 1) / count
@@ -245,17 +238,17 @@ def _check_options(
     permutations: int,
 ) -> None:
     if not by:
-        raise ValueError("by must name at least one column.")
+        raise InputError("by must name at least one column.")
     if level not in get_args(Level):
-        raise ValueError(f"level must be one of {', '.join(get_args(Level))}; got {level!r}.")
+        raise InputError(f"level must be one of {', '.join(get_args(Level))}; got {level!r}.")
     if interval not in get_args(Interval):
-        raise ValueError(
+        raise InputError(
             f"interval must be one of {', '.join(get_args(Interval))}; got {interval!r}."
         )
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1; got {confidence}.")
+        raise InputError(f"confidence must lie between 0 and 1; got {confidence}.")
     if resamples < 1 or permutations < 0:
-        raise ValueError(
+        raise InputError(
             "resamples must be at least 1 and permutations at least 0; "
             f"got {resamples} and {permutations}."
         )
@@ -264,7 +257,7 @@ def _check_options(
 def _require(trajectory: pd.DataFrame, columns: Iterable[str]) -> None:
     missing = [name for name in dict.fromkeys(columns) if name not in trajectory.columns]
     if missing:
-        raise ValueError(f"The trajectory lacks what is needed here: {', '.join(missing)}.")
+        raise InputError(f"The trajectory lacks what is needed here: {', '.join(missing)}.")
 
 
 def _numbers(frame: pd.DataFrame, column: str) -> FloatArray:
@@ -303,7 +296,7 @@ def _panel(frame: pd.DataFrame, measures: Sequence[str], level: PanelLevel) -> P
     repeated = frame.duplicated(["run", "step", "site", *place])
     if repeated.any():
         run, step, site = frame.loc[repeated, ["run", "step", "site"]].iloc[0]
-        raise ValueError(
+        raise InputError(
             f"Two rows describe the same point (run {run}, step {step}, site {site}); "
             "give every run a name of its own."
         )

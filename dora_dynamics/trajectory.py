@@ -43,7 +43,9 @@ COLUMNS: Final[tuple[Column, ...]] = (
     Column(
         "layer", "integer", "layer number within the stack, from 0; missing where there is none"
     ),
-    Column("stack", "text", "encoder, decoder, vision, …; empty where the model has one stack"),
+    Column(
+        "stack", "text", "encoder, decoder, vision, … as the site's path says; empty if it does not"
+    ),
     Column("role", "text", "query, key, value, output, …; the module's own name where unknown"),
     Column("head", "integer", "attention head, where rows are taken per head; missing otherwise"),
     Column("units", "integer", "number of units (output features with axis='output')"),

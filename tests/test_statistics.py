@@ -14,7 +14,7 @@ import dora_dynamics.statistics
 from dora_dynamics.statistics import Level, coupling, select_checkpoints
 
 if TYPE_CHECKING:
-    from dora_dynamics._resampling import IntArray
+    from dora_dynamics._cell import IntArray
 
 ESTIMATES = ["pearson", "spearman", "slope"]
 BOUNDS = [f"{name}_{side}" for name in ESTIMATES for side in ("low", "high")]

@@ -25,6 +25,7 @@ from dora_dynamics.checkpoints.plan import (
 from dora_dynamics.checkpoints.running import Output, Row
 from dora_dynamics.checkpoints.updates import change_of
 from dora_dynamics.decomposition import AXES, Axis
+from dora_dynamics.errors import InputError
 from dora_dynamics.run_directory import RunInfo
 from dora_dynamics.trajectory import to_table, trajectory_row
 
@@ -92,9 +93,9 @@ def compare_checkpoints(
         ValueError: an argument is out of its range.
     """
     if axis not in AXES:
-        raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
+        raise InputError(f"axis must be 'output' or 'input', not {axis!r}.")
     if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, not {jobs}.")
+        raise InputError(f"jobs must be at least 1, not {jobs}.")
     plan = make_plan(base, checkpoints, Options(targets, granularity, transposed, steps))
     return run_plan(
         plan,

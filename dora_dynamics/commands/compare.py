@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dora_dynamics.commands.printing import print_json, records
-from dora_dynamics.errors import InputError
+from dora_dynamics.commands.targets import parse_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,9 +70,6 @@ def compare(paths: tuple[str, ...], **options: Any) -> None:
     """
     try:
         _compare(paths, **options)
-    except InputError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         hint = " The same command with --resume goes on." if options["out"] else ""
         click.echo(f"Interrupted.{hint}", err=True)
@@ -106,7 +102,7 @@ def _compare(
     plan = make_plan(
         base,
         list(checkpoints),
-        Options(_targets(targets), granularity, transposed, _steps(steps)),
+        Options(parse_targets(targets), granularity, transposed, _steps(steps)),
     )
     if dry_run:
         print_json({"plan": describe(plan)}) if as_json else _print_plan(plan)
@@ -131,23 +127,6 @@ def _split_base(paths: tuple[str, ...], base: str | None) -> tuple[str | None, t
     if len(paths) == 1 or (Path(paths[0]) / "adapter_config.json").is_file():
         return None, paths
     return paths[0], paths[1:]
-
-
-def _targets(text: str | None) -> list[str | re.Pattern[str]] | None:
-    if text is None:
-        return None
-    found: list[str | re.Pattern[str]] = []
-    for target in (part.strip() for part in text.split(",")):
-        if len(target) > 2 and target[0] == target[-1] == "/":
-            try:
-                found.append(re.compile(target[1:-1]))
-            except re.error as error:
-                raise click.UsageError(f"--targets: {target} is no pattern: {error}.") from error
-        elif target:
-            found.append(target)
-    if not found:
-        raise click.UsageError("--targets is empty.")
-    return found
 
 
 def _steps(text: str | None) -> list[int] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from dora_dynamics.commands.targets import parse_targets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,16 +47,7 @@ def sites(model: str, targets: str | None, granularity: Any, show_all: bool, as_
     Hugging Face hub. No weight is read: names, shapes and config.json tell, or, where there are
     no weights, the model that transformers builds from config.json without allocating it.
     """
-    from dora_dynamics.checkpoints.errors import CheckpointError
-    from dora_dynamics.sites import NoHeadsError, NoSiteMatchesError, UnknownAxisError
-
-    try:
-        found, shapes = _find(model, _split(targets), granularity)
-    except (
-        CheckpointError, NoSiteMatchesError, NoHeadsError, UnknownAxisError, OSError, ImportError,
-    ) as error:  # fmt: skip
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+    found, shapes = _find(model, parse_targets(targets), granularity)
     described = [_describe(site, shapes[site.tensor]) for site in found]
     if as_json:
         click.echo(json.dumps(described, indent=2, ensure_ascii=False))
@@ -63,15 +55,6 @@ def sites(model: str, targets: str | None, granularity: Any, show_all: bool, as_
         _print_table(described, ["site", "head", "stack", "layer", "role", "units", "unit"])
     else:
         _print_table(_by_role(described), list(_by_role(described)[0]))
-
-
-def _split(targets: str | None) -> list[Any] | None:
-    import re
-
-    if targets is None:
-        return None
-    parts = [part.strip() for part in targets.split(",") if part.strip()]
-    return [re.compile(p[1:-1]) if len(p) > 2 and p[0] == p[-1] == "/" else p for p in parts]
 
 
 def _find(
@@ -118,7 +101,7 @@ def _build(folder: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
+        raise click.ClickException(
             f"{folder} holds no weights, only a config.json: install transformers to build the "
             "model from it (pip install 'dora-dynamics[hf]')."
         ) from error

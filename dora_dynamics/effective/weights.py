@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dora_dynamics.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,5 +41,5 @@ class LowRank:
 EffectiveWeight = Dense | LowRank
 
 
-class NoDenseWeightError(TypeError):
+class NoDenseWeightError(InputError, TypeError):
     """A module does not multiply by one matrix that could be followed; the message says why."""

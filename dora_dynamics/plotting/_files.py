@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape
 
 import matplotlib as mpl
 
+from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import settings_of
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def save(
         paths = [Path(each) for each in path]
     unknown = sorted({each.suffix for each in paths if each.suffix[1:].lower() not in _UNDATED})
     if unknown:
-        raise ValueError(f"figures are written as png, svg or pdf, not {', '.join(unknown)!r}.")
+        raise InputError(f"figures are written as png, svg or pdf, not {', '.join(unknown)!r}.")
     words = (
         figure.get_suptitle() if title is None else title,
         getattr(figure, "alt", "") if alt is None else alt,

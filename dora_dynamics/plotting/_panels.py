@@ -20,6 +20,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
 from dora_dynamics.plotting._style import (
     FINAL_MARKER,
@@ -59,9 +60,9 @@ def checked(table: pd.DataFrame, text: Iterable[str], numbers: Iterable[str]) ->
     text, numbers = list(dict.fromkeys(text)), list(dict.fromkeys(numbers))
     missing = [name for name in [*text, *numbers] if name not in table.columns]
     if missing:
-        raise ValueError(f"the table has no column {', '.join(map(repr, missing))}.")
+        raise InputError(f"the table has no column {', '.join(map(repr, missing))}.")
     if table.empty:
-        raise ValueError("the table has no rows, so there is nothing to draw.")
+        raise InputError("the table has no rows, so there is nothing to draw.")
     rows = table.reset_index(drop=True)
     columns: dict[str, pd.Series] = {}
     for name in text:
@@ -70,7 +71,7 @@ def checked(table: pd.DataFrame, text: Iterable[str], numbers: Iterable[str]) ->
         try:
             columns[name] = pd.to_numeric(rows[name]).astype("Float64").astype("float64")
         except (TypeError, ValueError):
-            raise ValueError(f"column {name!r} should hold numbers, but holds text.") from None
+            raise InputError(f"column {name!r} should hold numbers, but holds text.") from None
     return pd.DataFrame(columns)
 
 
@@ -80,7 +81,7 @@ def finite(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     kept: pd.DataFrame = rows.loc[good].copy()
     if kept.empty:
         names = " and ".join(repr(name) for name in columns)
-        raise ValueError(f"no row to draw: {names} are nowhere finite after step 0.")
+        raise InputError(f"no row to draw: {names} are nowhere finite after step 0.")
     return kept
 
 
@@ -161,13 +162,13 @@ def given_axes(ax: Drawable, needed: int) -> tuple[Figure, list[Axes]]:
     several = list(ax) if np.iterable(ax) else [ax]
     flat: list[Axes] = list(np.asarray(several, dtype=object).ravel())
     if len(flat) != needed:
-        raise ValueError(
+        raise InputError(
             f"ax: {needed} panels are to be drawn, but {len(flat)} axes given; give one for each "
             "panel, or keep the rows of fewer panels."
         )
     figure = flat[0].get_figure(root=True)
     if figure is None:
-        raise ValueError("ax: the axes belong to no figure.")
+        raise InputError("ax: the axes belong to no figure.")
     return figure, flat
 
 

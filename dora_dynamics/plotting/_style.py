@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import matplotlib as mpl
 from matplotlib.colors import Normalize, to_hex
 
+from dora_dynamics.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
@@ -136,7 +138,7 @@ def style_named(name: str) -> Style:
         if name == known:
             return _STYLES[known]
     choices = ", ".join(repr(known) for known in get_args(StyleName))
-    raise ValueError(f"style {name!r} is unknown; choose one of {choices}.")
+    raise InputError(f"style {name!r} is unknown; choose one of {choices}.")
 
 
 def context(style: Style) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
 from dora_dynamics.plotting._panels import beside, checked, dot, given_axes, order_of
 from dora_dynamics.plotting._style import (
@@ -75,7 +76,7 @@ def coupling_forest(
     again = rows[rows.duplicated([by, "role", "level"])]
     if len(again):
         place = ", ".join(str(part) for part in again.iloc[0][[by, "role", "level"]] if part)
-        raise ValueError(f"coupling has several rows for {place}; keep one of them.")
+        raise InputError(f"coupling has several rows for {place}; keep one of them.")
     groups, roles = order_of(table, by, rows[by]), order_of(table, "role", rows["role"])
     levels = list(dict.fromkeys(rows["level"]))
     with context(look):

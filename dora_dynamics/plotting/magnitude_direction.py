@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
+from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
 from dora_dynamics.plotting._panels import (
     Layers,
@@ -246,7 +247,7 @@ def _statistic(table: pd.DataFrame, panel: Panel, by: str, signed: bool) -> pd.S
     """The one row of a coupling table that belongs to a panel."""
     missing = [name for name in (by, "pearson", "slope", "n") if name not in table.columns]
     if missing:
-        raise ValueError(f"coupling has no column {', '.join(map(repr, missing))}.")
+        raise InputError(f"coupling has no column {', '.join(map(repr, missing))}.")
     mine = table[table[by].astype(str) == panel.group]
     if panel.role and "role" in table.columns:
         mine = mine[mine["role"].astype(str) == panel.role]
@@ -255,7 +256,7 @@ def _statistic(table: pd.DataFrame, panel: Panel, by: str, signed: bool) -> pd.S
     if "signed" in table.columns:
         mine = mine[mine["signed"].astype(bool) == signed]
     if len(mine) != 1:
-        raise ValueError(
+        raise InputError(
             f"coupling should have one pooled row for {panel.title!r} with signed={signed}, "
             f"but has {len(mine)}."
         )

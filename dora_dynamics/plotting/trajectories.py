@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from matplotlib.lines import Line2D
 
+from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
 from dora_dynamics.plotting._panels import (
     Layers,
@@ -82,7 +83,7 @@ def trajectories(
     look = style_named(style)
     if measure not in get_args(Measure):
         choices = ", ".join(map(repr, get_args(Measure)))
-        raise ValueError(f"measure {measure!r} is unknown; choose one of {choices}.")
+        raise InputError(f"measure {measure!r} is unknown; choose one of {choices}.")
     names = dict.fromkeys([by, "run", "role", "site", "stack"])
     rows = checked(trajectory, names, ["step", "layer", measure])
     if "head" in trajectory.columns:

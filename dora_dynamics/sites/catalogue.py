@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
+from dora_dynamics.errors import InputError
 from dora_dynamics.sites.blocks import (
     CONV1D_NAMES,
     GATE_UP,
@@ -43,7 +44,7 @@ EXPERTS_STORED_TRANSPOSED: Final = {
 """How models store the experts of a layer in one tensor: (experts, in, out) where True."""
 
 
-class UnknownAxisError(ValueError):
+class UnknownAxisError(InputError):
     """A stored tensor does not say which of its dimensions counts output features."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from dora_dynamics.errors import InputError
 from dora_dynamics.sites.catalogue import (
     GRANULARITIES,
     Granularity,
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 Target = str | re.Pattern[str]
 
 
-class NoSiteMatchesError(ValueError):
+class NoSiteMatchesError(InputError):
     """No weight of the model matches the targets; the message lists what there is."""
 
 
-class NoHeadsError(ValueError):
+class NoHeadsError(InputError):
     """Rows per head are asked for where the heads of a projection are not known."""
 
 
@@ -60,7 +61,7 @@ def find_sites(
         ValueError: the granularity is unknown.
     """
     if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")
+        raise InputError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")
     weights = list(list_weights(model))
     if granularity == "module":
         weights = [Weight((as_module,)) for weight in weights if (as_module := _as_module(weight))]

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from dora_dynamics.checkpoints import compare_checkpoints
-from dora_dynamics.commands.compare import compare
+from dora_dynamics.cli import main
 
 from .models import bert, nudge
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(compare, [str(a) for a in arguments])
+    return CliRunner().invoke(main, ["compare", *map(str, arguments)])
 
 
 def test_a_table_for_people_and_a_run_directory(folder: Path) -> None:

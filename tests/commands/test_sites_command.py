@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from dora_dynamics.commands.sites import sites
+from dora_dynamics.cli import main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +39,7 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(sites, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, ["sites", *map(str, arguments)])
 
 
 def test_one_line_for_each_role(gpt2: Path) -> None:
@@ -93,7 +93,7 @@ def test_every_site_on_a_line(falcon: Path) -> None:
 )
 def test_mistakes_are_one_line(gpt2: Path, arguments: list[str], message: str) -> None:
     result = invoke(gpt2, *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.startswith("Error: ")
     assert message in result.output
     assert result.output.count("\n") == 1
@@ -101,7 +101,7 @@ def test_mistakes_are_one_line(gpt2: Path, arguments: list[str], message: str) -
 
 def test_model_that_is_not_there(tmp_path: Path) -> None:
     result = invoke(tmp_path / "nothing")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "does not exist" in result.output
 
 

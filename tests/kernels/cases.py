@@ -60,6 +60,7 @@ LAYOUTS = {
     "columns": lambda w: w.T.contiguous().T,
     "wider rows": lambda w: torch.cat([w, w], 1)[:, : w.shape[1]],
     "wider columns": lambda w: torch.cat([w, w], 0).T.contiguous().T[: w.shape[0]],
+    "later columns": lambda w: torch.cat([w, w], 0).T.contiguous().T[w.shape[0] :],
     "every other": lambda w: w.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
     "unaligned": unaligned,
 }

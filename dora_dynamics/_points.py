@@ -1,9 +1,9 @@
-"""Estimates, intervals and p-values for points that share layers and runs.
+"""Points that share layers and runs: their estimates under weights, and their p-values.
 
-The numerical half of `statistics`: numpy in, numpy out. A `Panel` holds the points of one group, a
-`UnitRows` the values already computed inside each matrix. Both answer the same two questions: what
-are the estimates when whole layers and whole runs carry these weights, and how rare is so strong a
-relation when the pairing is exchanged. `bootstrap` and `jackknife` need only the first.
+The numerical half of `statistics`, with `_intervals`: numpy in, numpy out. A `Panel` holds the
+points of one group, `UnitRows` the values already computed inside each matrix. Both answer the same
+two questions: what are the estimates when whole layers and whole runs carry these weights, and how
+rare is so strong a relation when the pairing is exchanged.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 
-from dora_dynamics.correlation import RELATIVE_NOISE, BoolArray, FloatArray, weighted_pearson
+from dora_dynamics._cell import Cell, IntArray
+from dora_dynamics.correlation import exponent_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-IntArray: TypeAlias = NDArray[np.intp]
+    from numpy.typing import NDArray
+
+    from dora_dynamics.correlation import BoolArray, FloatArray
+
 PanelLevel: TypeAlias = Literal["pooled", "within_step", "within_layer"]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 ESTIMATES: Final = ("pearson", "spearman", "slope")
-MINIMUM_LAYERS: Final = 4
 _CHUNK: Final = 2**21  # elements per temporary array: 16 MiB
-_CACHED: Final = 2**16  # elements per temporary array of which many are live: 512 KiB
-_TAIL: Final = 0.1  # share of the resamples beyond either end of the range that gives the spread
-_DIFFERENT_LAYERS: Final = 3  # in a resample, as the correlation of 2 points is ±1
 _CELL_AXES: Final[dict[PanelLevel, tuple[int, ...]]] = {
     "pooled": (0, 1, 2, 3),
     "within_step": (1, 2),
@@ -73,8 +71,10 @@ class Panel:
 
     def usable(self) -> Panel:
         """The same panel without the cells that have no correlation, nor what this empties."""
-        x, y, present = self._cells(self.x), self._cells(self.y), self._cells(self.present)
-        defined = np.isfinite(weighted_pearson(x, y, present))
+        defined = np.zeros(len(self._cells(self.present)), dtype=np.bool_)
+        for k, cell in self._each_cell():
+            _, r, *_ = cell.statistics(np.ones((1, len(cell.x))))
+            defined[k] = np.isfinite(r[0])
         inside = _CELL_AXES[self.level]
         shape = [1 if axis in inside else n for axis, n in enumerate(self.present.shape)]
         keep = self.present & defined.reshape(shape)
@@ -145,7 +145,7 @@ class Panel:
     def _chunk(self, layer_weights: FloatArray, run_weights: FloatArray) -> FloatArray:
         pearson, spearman, sxx, sxy = np.zeros((4, len(layer_weights)))
         counted = np.zeros((2, len(layer_weights)))
-        for cell in self._each_cell():
+        for _, cell in self._each_cell():
             inner, outer = self._weights(cell, layer_weights, run_weights)
             total, r, rho, cell_sxx, cell_sxy = cell.statistics(inner)
             size = outer * total
@@ -158,11 +158,11 @@ class Panel:
         sums, over = np.stack([pearson, spearman, sxy]), np.stack([*counted, sxx])
         with np.errstate(over="ignore"):
             ratios = np.where(over > 0, sums / np.where(over > 0, over, 1.0), np.nan)
-            ratios[2] = np.ldexp(ratios[2], _exponent(self.y) - _exponent(self.x))
+            ratios[2] = np.ldexp(ratios[2], exponent_of(self.y) - exponent_of(self.x))
         return np.clip(ratios, [[-1.0], [-1.0], [-np.inf]], [[1.0], [1.0], [np.inf]]).T
 
-    def _each_cell(self) -> Iterator[_Cell]:
-        x, y = (np.ldexp(values, -_exponent(values)) for values in (self.x, self.y))
+    def _each_cell(self) -> Iterator[tuple[int, Cell]]:
+        x, y = (np.ldexp(values, -exponent_of(values)) for values in (self.x, self.y))
         run, layer = (
             self._cells(np.broadcast_to(index, self.present.shape))
             for index in np.ix_(*map(np.arange, self.present.shape))[:2]
@@ -170,10 +170,10 @@ class Panel:
         x, y, present = self._cells(x), self._cells(y), self._cells(self.present)
         for k, where in enumerate(present):
             if where.any():
-                yield _Cell(x[k][where], y[k][where], layer[k][where], run[k][where])
+                yield k, Cell(x[k][where], y[k][where], layer[k][where], run[k][where])
 
     def _weights(
-        self, cell: _Cell, layer_weights: FloatArray, run_weights: FloatArray
+        self, cell: Cell, layer_weights: FloatArray, run_weights: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Weights of the points inside a cell, and of the cell as a whole."""
         layer, run = layer_weights[:, cell.layer], run_weights[:, cell.run]
@@ -219,106 +219,6 @@ class Panel:
             step = _permutations((k, steps), rng)[:, None, None, :]
             sums[start : start + k] = np.einsum("rcst,rkcst->k", x, y[:, layer, slot, step])
         return sums
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """Points that are correlated with one another.
-
-    Attributes:
-        x: ΔD, shape (points,), scaled so that its squares neither overflow nor underflow.
-        y: ΔM, same shape and also scaled.
-        layer: Layer of each point, same shape.
-        run: Run of each point, same shape.
-    """
-
-    x: FloatArray
-    y: FloatArray
-    layer: IntArray
-    run: IntArray
-
-    def statistics(self, weights: FloatArray) -> FloatArray:
-        """Total weight, Pearson, Spearman, Σ(x − x̄)² and Σ(x − x̄)(y − ȳ) under given weights.
-
-        Args:
-            weights: Shape (resamples, points).
-
-        Returns:
-            Shape (5, resamples). The correlations are NaN, and the sums 0, where undefined.
-        """
-        x, y = _Ordered.of(self.x), _Ordered.of(self.y)
-        rows = max(1, _CACHED // len(self.x))
-        return np.concatenate(
-            [_statistics(x, y, weights[k : k + rows]) for k in range(0, len(weights), rows)],
-            axis=1,
-        )
-
-
-@dataclass(frozen=True)
-class _Ordered:
-    """A measure over the points of a cell, centred, with what its weighted ranks need.
-
-    Attributes:
-        values: Deviations from the mean, shape (points,).
-        noise: Root mean square deviation up to which the measure counts as constant.
-        order: Points by ascending value.
-        inverse: Place of each point in that order.
-        first: For each place in that order, the first place of an equal value.
-        last: For each place, the last one.
-    """
-
-    values: FloatArray
-    noise: float
-    order: IntArray
-    inverse: IntArray
-    first: IntArray
-    last: IntArray
-
-    @classmethod
-    def of(cls, values: FloatArray) -> _Ordered:
-        order = np.argsort(values, kind="stable")
-        ascending = values[order]
-        first = np.searchsorted(ascending, ascending, side="left")
-        last = np.searchsorted(ascending, ascending, side="right") - 1
-        noise = RELATIVE_NOISE * float(np.max(np.abs(values)))
-        centred = values - values.mean()
-        return cls(centred - centred.mean(), noise, order, np.argsort(order), first, last)
-
-    def ranks(self, weights: FloatArray) -> FloatArray:
-        """Weighted mid-ranks less their mean: the weight below plus half the weight at a value."""
-        taken = weights[:, self.order]
-        through = np.cumsum(taken, axis=1)
-        twice = (through - taken)[:, self.first] + through[:, self.last] - through[:, -1:]
-        return 0.5 * twice[:, self.inverse]
-
-
-def _statistics(x: _Ordered, y: _Ordered, weights: FloatArray) -> FloatArray:
-    points = np.count_nonzero(weights, axis=1)
-    total = weights.sum(axis=1)
-    share = 1 / np.where(total > 0, total, 1.0)
-    dx, dy = (v.values - (weights @ v.values * share)[:, None] for v in (x, y))
-    sxx, sxy, syy = _products(dx, dy, weights)
-    x_varies = (points >= 2) & (sxx > total * x.noise**2)
-    y_varies = (points >= 2) & (syy > total * y.noise**2)
-    correlated = (points >= 3) & x_varies & y_varies
-    rank_xx, rank_xy, rank_yy = _products(x.ranks(weights), y.ranks(weights), weights)
-    r, rho = (
-        np.where(correlated, xy / np.sqrt(np.where(correlated, xx * yy, 1.0)), np.nan)
-        for xx, xy, yy in ((sxx, sxy, syy), (rank_xx, rank_xy, rank_yy))
-    )
-    return np.stack([total, r, rho, np.where(x_varies, sxx, 0.0), np.where(x_varies, sxy, 0.0)])
-
-
-def _products(
-    dx: FloatArray, dy: FloatArray, weights: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Weighted Σdx², Σdx·dy and Σdy² along the last axis."""
-    weighted = weights * dx
-    return (
-        np.vecdot(weighted, dx),
-        np.vecdot(weighted, dy),
-        np.vecdot(weights * dy, dy),
-    )
 
 
 @dataclass(frozen=True)
@@ -384,121 +284,6 @@ class UnitRows:
 
 
 Points: TypeAlias = Panel | UnitRows
-
-
-def bootstrap(
-    points: Points, confidence: float, resamples: int, rng: np.random.Generator
-) -> FloatArray:
-    """Two-way bootstrap interval: whole layers and whole runs are drawn again, with replacement.
-
-    A point of a resample weighs the count of its layer times that of its run. The half-width is the
-    spread of the estimates over the resamples, times √(n / (n − 1)) (a bootstrap of n things has
-    too small a variance by that factor), times Student's quantile for n − 1 degrees of freedom.
-    With several runs, n / (n − 1) becomes its mean over layers and runs, weighted by their parts in
-    the variance, and the degrees of freedom are Satterthwaite's; the parts come from leaving out
-    each layer and each run. Correlations are treated on Fisher's z scale. There, resamples with few
-    different layers lie far out, up to infinity where r = ±1: those with fewer than 3 are left out,
-    and the spread is that of the normal distribution with the same central 80%.
-
-    Args:
-        points: What is estimated.
-        confidence: Nominal coverage.
-        resamples: How many times to resample.
-        rng: Where the resamples are drawn from.
-
-    Returns:
-        Lower and upper bounds of (pearson, spearman, slope), shape (2, 3); NaN where leaving out
-        one layer or run leaves nothing to estimate from, or with fewer than `MINIMUM_LAYERS`.
-        Resamples in which an estimate is undefined are left out of it.
-    """
-    if points.layers < MINIMUM_LAYERS:
-        return np.full((2, len(ESTIMATES)), np.nan)
-    layers, runs = (
-        rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-        for n in (points.layers, points.runs)
-    )
-    drawn = _unbounded(points.estimates(layers, runs))
-    drawn[np.count_nonzero(layers, axis=1) < _DIFFERENT_LAYERS] = np.nan
-    defined = np.isfinite(drawn).any(axis=0)
-    low, high = np.nanquantile(np.where(defined, drawn, 0.0), [_TAIL, 1 - _TAIL], axis=0)
-    spread = np.where(defined, (high - low) / (2 * stats.norm.ppf(1 - _TAIL)), np.nan)
-
-    parts, sizes = _jackknife_variances(points)
-    whole = parts.sum(axis=0)
-    shrunk = np.sum(parts * ((sizes - 1) / sizes)[:, None], axis=0)
-    factor = np.where(shrunk > 0, whole / np.where(shrunk > 0, shrunk, 1.0), 1.0)
-    return _student(points, factor * spread**2, _satterthwaite(parts, sizes), confidence)
-
-
-def jackknife(points: Points, confidence: float) -> FloatArray:
-    """Two-way jackknife-t interval: whole layers, then whole runs, are left out one at a time.
-
-    The variance is the sum of the jackknife variances over layers and over runs (with one run, over
-    layers alone); the quantile is Student's with Satterthwaite's degrees of freedom for that sum.
-    Correlations are treated on Fisher's z scale, where their spread hardly depends on their size.
-
-    Args:
-        points: What is estimated.
-        confidence: Nominal coverage.
-
-    Returns:
-        Lower and upper bounds of (pearson, spearman, slope), shape (2, 3); NaN where leaving out
-        one layer or run leaves nothing to estimate from, or with fewer than `MINIMUM_LAYERS`.
-    """
-    if points.layers < MINIMUM_LAYERS:
-        return np.full((2, len(ESTIMATES)), np.nan)
-    parts, sizes = _jackknife_variances(points)
-    return _student(points, parts.sum(axis=0), _satterthwaite(parts, sizes), confidence)
-
-
-def _jackknife_variances(points: Points) -> tuple[FloatArray, IntArray]:
-    """Variances from leaving out each layer, then each run where there are several; their numbers.
-
-    Returns:
-        Variances on the unbounded scale, shape (1 or 2, 3), and the number of layers and of runs.
-    """
-    layers, runs = points.layers, points.runs
-    left_out = [points.estimates(1 - np.eye(layers), np.ones((layers, runs)))]
-    if runs > 1:
-        left_out.append(points.estimates(np.ones((runs, layers)), 1 - np.eye(runs)))
-    sizes = np.array([len(replicates) for replicates in left_out])
-    spreads = np.stack([_unbounded(replicates).var(axis=0) for replicates in left_out])
-    return (sizes - 1)[:, None] * spreads, sizes
-
-
-def _satterthwaite(parts: FloatArray, sizes: IntArray) -> FloatArray:
-    """Degrees of freedom of a sum of variances, each from so many things, shape (3,)."""
-    whole = parts.sum(axis=0)
-    shares = parts / np.where(whole > 0, whole, 1.0)
-    inverse = np.sum(shares**2 / (sizes - 1)[:, None], axis=0)
-    freedom: FloatArray = 1 / np.maximum(inverse, 1 / np.sum(sizes - 1))
-    return freedom
-
-
-def _student(
-    points: Points, variance: FloatArray, freedom: FloatArray, confidence: float
-) -> FloatArray:
-    """Bounds around the estimates, from variances on the unbounded scale."""
-    centre = points.estimates(np.ones((1, points.layers)), np.ones((1, points.runs)))
-    reach = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance)
-    middle = _unbounded(centre)
-    low, high = _bounded(middle - reach)[0], _bounded(middle + reach)[0]
-    return np.stack([np.minimum(low, centre[0]), np.maximum(high, centre[0])])
-
-
-def _unbounded(estimates: FloatArray) -> FloatArray:
-    """Correlations on Fisher's z scale, kept finite at ±1; slopes as they are."""
-    z = np.arctanh(np.clip(estimates[..., :2], -1 + 1e-15, 1 - 1e-15))
-    return np.concatenate([z, estimates[..., 2:]], axis=-1)
-
-
-def _bounded(estimates: FloatArray) -> FloatArray:
-    return np.concatenate([np.tanh(estimates[..., :2]), estimates[..., 2:]], axis=-1)
-
-
-def _exponent(values: FloatArray) -> int:
-    """The power of two that bounds |values|."""
-    return int(np.frexp(np.max(np.abs(values), initial=0.0))[1])
 
 
 def _permutations(shape: tuple[int, ...], rng: np.random.Generator) -> IntArray:
