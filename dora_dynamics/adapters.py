@@ -132,7 +132,7 @@ def apply_lora(
         The sites that carry an adapter now.
 
     Raises:
-        ValueError: a target matches nothing, the rank is not positive, or a selected layer
+        InputError: a target matches nothing, the rank is not positive, or a selected layer
             already carries an adapter.
     """
     return _apply(LoRA, model, targets, rank, alpha=alpha, generator=generator)
@@ -163,7 +163,7 @@ def apply_dora(
         The sites that carry an adapter now. All other parameters are frozen, as in `apply_lora`.
 
     Raises:
-        ValueError: as in `apply_lora`.
+        InputError: as in `apply_lora`.
     """
     return _apply(
         DoRA, model, targets, rank, alpha=alpha, generator=generator, detach_norm=detach_norm
@@ -231,7 +231,7 @@ def merge(model: nn.Module) -> nn.Module:
         `model` itself, changed in place.
 
     Raises:
-        ValueError: the model carries no adapter of this package.
+        InputError: the model carries no adapter of this package.
     """
     adapted = [module for module in model.modules() if adapter_of(module) is not None]
     if not adapted:

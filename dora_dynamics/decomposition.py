@@ -108,7 +108,7 @@ def magnitude(weight: Tensor, axis: Axis = "output") -> NDArray[np.float64]:
 
     Raises:
         TypeError: `weight` is not a floating-point tensor.
-        ValueError: `weight` is not a non-empty matrix, or the axis is unknown.
+        InputError: `weight` is not a non-empty matrix, or the axis is unknown.
     """
     rows = _units_first(weight, axis, "weight")
     norms: NDArray[np.float64] = torch.linalg.vector_norm(
@@ -129,7 +129,7 @@ def direction(weight: Tensor, axis: Axis = "output") -> Tensor:
 
     Raises:
         TypeError: `weight` is not a floating-point tensor.
-        ValueError: `weight` is not a non-empty matrix, or the axis is unknown.
+        InputError: `weight` is not a non-empty matrix, or the axis is unknown.
     """
     rows = _units_first(weight, axis, "weight").detach().to(torch.float64)
     unit_vectors: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -152,7 +152,7 @@ def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> Weigh
 
     Raises:
         TypeError: a weight is not a floating-point tensor, or the dtypes differ.
-        ValueError: the shapes or devices differ, a weight is not a non-empty matrix, or the axis
+        InputError: the shapes or devices differ, a weight is not a non-empty matrix, or the axis
             is unknown.
     """
     rows_before = _units_first(before, axis, "before")
@@ -203,7 +203,7 @@ def low_rank_change(
 
     Raises:
         TypeError: `before` is not a floating-point tensor.
-        ValueError: shapes do not fit together, or the axis is unknown.
+        InputError: shapes do not fit together, or the axis is unknown.
     """
     _units_first(before, axis, "before")
     out_features, in_features = before.shape

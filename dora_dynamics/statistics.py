@@ -118,7 +118,7 @@ def coupling(
         `p_value`; and `reason`, in words, for whatever is NaN (empty where nothing is).
 
     Raises:
-        ValueError: If columns are missing, an option is not one of those above, or two rows of one
+        InputError: If columns are missing, an option is not one of those above, or two rows of one
             group describe the same point.
     """
     by = [by] if isinstance(by, str) else list(by)
@@ -198,7 +198,7 @@ def select_checkpoints(
         The rows at the chosen steps, in their order and with their index.
 
     Raises:
-        ValueError: If columns are missing, `count` is below 1 or `kind` is unknown.
+        InputError: If columns are missing, `count` is below 1 or `kind` is unknown.
     """
     if count < 1:
         raise InputError(f"count must be at least 1; got {count}.")

@@ -53,7 +53,7 @@ def save(
         The written files, in order.
 
     Raises:
-        ValueError: A format is none of png, svg and pdf.
+        InputError: A format is none of png, svg and pdf.
     """
     if isinstance(path, str | os.PathLike):
         stem = Path(path)

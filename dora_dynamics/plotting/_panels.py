@@ -55,7 +55,7 @@ def checked(table: pd.DataFrame, text: Iterable[str], numbers: Iterable[str]) ->
     """The rows with these columns, text as text and numbers as float64, indexed by position.
 
     Raises:
-        ValueError: The table is empty, lacks a column, or holds text where numbers belong.
+        InputError: The table is empty, lacks a column, or holds text where numbers belong.
     """
     text, numbers = list(dict.fromkeys(text)), list(dict.fromkeys(numbers))
     missing = [name for name in [*text, *numbers] if name not in table.columns]
@@ -76,7 +76,7 @@ def checked(table: pd.DataFrame, text: Iterable[str], numbers: Iterable[str]) ->
 
 
 def finite(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """The rows whose `columns` are all finite, index kept; `ValueError` where none is left."""
+    """The rows whose `columns` are all finite, index kept; `InputError` where none is left."""
     good = np.isfinite(rows[list(columns)].to_numpy(dtype=np.float64)).all(axis=1)
     kept: pd.DataFrame = rows.loc[good].copy()
     if kept.empty:
@@ -139,7 +139,7 @@ def panels(
         roles: The roles, in the order of their blocks; not used where `by` is the role.
 
     Raises:
-        ValueError: The axes are too few or too many, or belong to no figure.
+        InputError: The axes are too few or too many, or belong to no figure.
     """
     group_of = rows[by]
     if by == "role":

@@ -133,7 +133,7 @@ _STYLES: Final[dict[StyleName, Style]] = {
 
 
 def style_named(name: str) -> Style:
-    """The style of this name; `ValueError` naming the choices where there is none."""
+    """The style of this name; `InputError` naming the choices where there is none."""
     for known in get_args(StyleName):
         if name == known:
             return _STYLES[known]

@@ -66,7 +66,7 @@ def coupling_forest(
         The figure, that of `ax` or a new one that is not registered with pyplot.
 
     Raises:
-        ValueError: The table is empty, lacks a column, or has several rows of one place, or
+        InputError: The table is empty, lacks a column, or has several rows of one place, or
             the axes are too few or too many.
     """
     look = style_named(style)

@@ -89,7 +89,7 @@ def magnitude_direction(
         The figure, that of `ax` or a new one that is not registered with pyplot.
 
     Raises:
-        ValueError: The table is empty, lacks a column or has nothing finite to draw, `coupling` has
+        InputError: The table is empty, lacks a column or has nothing finite to draw, `coupling` has
             not exactly one row for a panel, or the axes are too few or too many.
     """
     look = style_named(style)

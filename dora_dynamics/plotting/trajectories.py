@@ -77,7 +77,7 @@ def trajectories(
         The figure, that of `ax` or a new one that is not registered with pyplot.
 
     Raises:
-        ValueError: The measure is unknown, the table is empty, lacks a column or has nothing finite
+        InputError: The measure is unknown, the table is empty, lacks a column or has nothing finite
             to draw, or the axes are too few or too many.
     """
     look = style_named(style)

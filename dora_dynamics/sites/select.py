@@ -58,7 +58,7 @@ def find_sites(
         NoSiteMatchesError: one of the targets matches nothing.
         NoHeadsError: "head" is asked for and a query, key or value projection does not tell its
             heads, or nothing that is selected has any.
-        ValueError: the granularity is unknown.
+        InputError: the granularity is unknown.
     """
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")

@@ -50,7 +50,12 @@ def tokenizer() -> Any:
 def tiny(shape: str) -> PreTrainedModel:
     from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConfig, LlamaModel
 
-    size: dict[str, Any] = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
+    size: dict[str, Any] = {
+        "vocab_size": 12,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     if shape == "encoder":
         return BertModel(BertConfig(num_hidden_layers=2, **size))
