@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import torch
 
@@ -21,7 +21,7 @@ from dora_dynamics.effective import Dense, EffectiveWeight, version_of
 from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
 from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, follow
-from dora_dynamics.measurement import measure_all
+from dora_dynamics.measurement import queue_measuring
 from dora_dynamics.sites import find_sites
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from dora_dynamics.decomposition import Axis, WeightChange
     from dora_dynamics.run_directory import StrPath
     from dora_dynamics.sites import Granularity, Site
+
+
+Place = Literal["device", "host", "file"]
+"""Where W_0 waits between measurements; see `Recorder`."""
+
+_AT_A_TIME: Final = 1 << 28
+"""Bytes of weights that are copied or computed only to be measured, in memory together."""
 
 
 class BaselineError(InputError):
@@ -129,16 +136,25 @@ class Baselines:
         sites: Sequence[Site],
         followed: Mapping[str, Followed],
         source: StrPath | Mapping[str, Tensor] | CapturedBaseline | None = None,
+        place: Place = "device",
     ) -> None:
-        """Take W_0 from `source`, or from the model as it is.
+        """Take W_0 from `source`, or from the model as it is, and keep it at `place`.
 
         Raises:
+            ValueError: there is no such place, or `source` is no file and W_0 is to stay in it.
             BaselineError: the source lacks a weight or holds one of another shape, or the model's
                 own base weights are not W_0.
             CheckpointError: the checkpoint cannot be read.
             NoDenseWeightError: a followed module has no dense weight.
         """
+        if place not in get_args(Place):
+            raise ValueError(f"baseline_place must be 'device', 'host' or 'file', not {place!r}.")
+        if place == "file" and not isinstance(source, (str, os.PathLike)):
+            raise ValueError(
+                "baseline_place='file' leaves W_0 in its checkpoint: say with baseline= which."
+            )
         refuse_model(model)
+        self._place: Place = place
         self._followed = followed
         self._versions: dict[str, int] = {}
         self._shared: set[str] = set()
@@ -167,14 +183,11 @@ class Baselines:
             if stored is None or weight is stored:
                 continue
             self._shared.discard(name)
-            weight = weight.to(stored.device)
-            if weight.dtype.itemsize > stored.dtype.itemsize or (
-                weight.dtype.itemsize == stored.dtype.itemsize and weight.dtype != stored.dtype
-            ):
-                weight = weight.to(stored.dtype)  # as the model did when it was loaded
-            self.weights[name] = weight
-            if _is_frozen(stored) and weight.dtype == stored.dtype and torch.equal(weight, stored):
-                self._share(name, stored)
+            self.weights[name] = weight = self._placed(weight, stored)
+            if _is_frozen(stored):
+                here = weight.to(stored.device, _as_loaded(weight, stored))
+                if here.dtype == stored.dtype and torch.equal(here, stored):
+                    self._share(name, stored)
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Take W_0 from these tensors, by `Site.tensor`, where they are not the present ones."""
@@ -191,8 +204,9 @@ class Baselines:
     def before_step(self) -> None:
         """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
         for name in list(self._shared):
-            if not _is_frozen(self.weights[name]):
-                self.weights[name] = self.weights[name].detach().clone()
+            weight = self.weights[name]
+            if not _is_frozen(weight):
+                self.weights[name] = self._taken(weight)
                 self._shared.discard(name)
 
     def pair(self, name: str) -> tuple[Tensor, EffectiveWeight]:
@@ -210,34 +224,75 @@ class Baselines:
         effective = where.effective() if is_base else Dense(where.dense())
         if not isinstance(effective, Dense):
             return weight, effective
-        now = effective.weight
-        common = torch.promote_types(weight.dtype, now.dtype)
-        return weight.to(now.device, common), Dense(now.to(common))
+        now, stored = effective.weight, where.stored()
+        as_loaded = weight.dtype if stored is None else _as_loaded(weight, stored)
+        common = torch.promote_types(as_loaded, now.dtype)
+        here = weight.to(now.device, non_blocking=weight.device.type == "cpu")
+        return here.to(as_loaded).to(common), Dense(now.to(common))
 
-    def measure(
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether weights are measured on a GPU, which works while the host goes on."""
+        return any(self._device_of(name).type == "cuda" for name in self._followed)
+
+    def queue(
         self, sites: Sequence[Site], axis: Axis, *, keep: bool = False
-    ) -> tuple[list[WeightChange], dict[str, EffectiveWeight]]:
-        """The change at every site, and the effective weights by `Site.tensor` where they are kept.
+    ) -> tuple[Callable[[], list[WeightChange]], dict[str, EffectiveWeight]]:
+        """Start to measure the change at every site, as `measurement.queue_measuring`.
 
-        Weights that must be computed in full are measured one by one, so that only one of them is
-        in memory; all others together.
+        All weights are measured together, but for those that must be copied or computed first:
+        of these, so many that they take `_AT_A_TIME` bytes, or one that takes more.
+
+        Returns:
+            What waits for the changes, and the effective weights by `Site.tensor` where they are
+            kept.
         """
-        changes: dict[Site, WeightChange] = {}
+        by_tensor: dict[str, list[Site]] = {name: [] for name in self._followed}
+        for site in sites:
+            by_tensor[site.tensor].append(site)
         kept: dict[str, EffectiveWeight] = {}
+        queued: list[tuple[list[Site], Callable[[], list[WeightChange]]]] = []
         together: list[tuple[Site, Tensor, EffectiveWeight]] = []
-        for name in self._followed:
+        passing = 0
+
+        def start() -> None:
+            nonlocal passing
+            queued.append(([site for site, _, _ in together], queue_measuring(together, axis)))
+            together.clear()
+            passing = 0
+
+        for name, its_sites in by_tensor.items():
             weight, effective = self.pair(name)
-            triples = [(site, weight, effective) for site in sites if site.tensor == name]
-            if not (isinstance(effective, Dense) and self._is_computed(name, effective.weight)):
-                together.extend(triples)
-            else:
-                alone = measure_all(triples, axis)
-                changes.update((t[0], change) for t, change in zip(triples, alone, strict=True))
+            size = self._passing_bytes(name, weight, effective)
+            if passing and passing + size > _AT_A_TIME:
+                start()
+            passing += size
+            together.extend((site, weight, effective) for site in its_sites)
             if keep:
                 kept[name] = effective
-        measured = measure_all(together, axis)
-        changes.update((t[0], change) for t, change in zip(together, measured, strict=True))
-        return [changes[site] for site in sites], kept
+            del weight, effective
+        start()
+
+        def finish() -> list[WeightChange]:
+            changes = {
+                site: change
+                for some, wait in queued
+                for site, change in zip(some, wait(), strict=True)
+            }
+            return [changes[site] for site in sites]
+
+        return finish, kept
+
+    def _device_of(self, name: str) -> torch.device:
+        stored = self._followed[name].stored()
+        return self.weights[name].device if stored is None else stored.device
+
+    def _passing_bytes(self, name: str, weight: Tensor, effective: EffectiveWeight) -> int:
+        """Bytes of the pair that are in memory only to be measured."""
+        size = 0 if weight is self.weights[name] else weight.nbytes
+        if isinstance(effective, Dense) and self._is_computed(name, effective.weight):
+            size += effective.weight.nbytes
+        return size
 
     def quantization_report(self) -> str | None:
         """How the quantisation error of the base compares with the update; None if not known.
@@ -262,9 +317,24 @@ class Baselines:
         if stored is None:
             return where.base().clone()
         if not _is_frozen(stored):
-            return stored.detach().clone()
+            return self._taken(stored)
         self._share(name, stored)
         return stored
+
+    def _taken(self, stored: Tensor) -> Tensor:
+        """A copy of a weight that trains, where W_0 is kept."""
+        if self._place == "device" or stored.device.type == "cpu":
+            return stored.detach().clone()
+        return _in_host_memory(stored.detach(), stored.device)
+
+    def _placed(self, weight: Tensor, stored: Tensor) -> Tensor:
+        """W_0 of a live weight, where it is kept."""
+        if self._place == "file":
+            return weight
+        weight = weight.to(_as_loaded(weight, stored))
+        if self._place == "host":
+            return _in_host_memory(weight, stored.device)
+        return weight.to(stored.device)
 
     def _share(self, name: str, stored: Tensor) -> None:
         self._shared.add(name)
@@ -372,6 +442,22 @@ def _names(sites: Iterable[Site]) -> dict[str, str]:
         site.tensor: f"{site.tensor}.weight" if site.parameter == "weight" else site.tensor
         for site in sites
     }
+
+
+def _as_loaded(weight: Tensor, stored: Tensor) -> torch.dtype:
+    """The dtype a checkpoint's weight had when the model took it in: at most the model's own."""
+    wider = weight.dtype.itemsize > stored.dtype.itemsize
+    other = weight.dtype.itemsize == stored.dtype.itemsize and weight.dtype != stored.dtype
+    return stored.dtype if wider or other else weight.dtype
+
+
+def _in_host_memory(weight: Tensor, device: torch.device) -> Tensor:
+    """A weight in memory that `device` copies from; pinned for a GPU, which then need not wait."""
+    pin = device.type == "cuda"
+    if weight.device.type == "cpu" and (weight.is_pinned() or not pin):
+        return weight
+    copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=pin)
+    return copy.copy_(weight)
 
 
 def _is_frozen(parameter: Tensor) -> bool:

@@ -9,17 +9,45 @@ of two, so that data at 1e-300 or 1e+300 neither underflow nor overflow.
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 
 RELATIVE_NOISE: Final = 1e-13
 
-__all__ = ["pearson", "slope", "spearman"]
+__all__ = ["Relation", "pearson", "relations", "slope", "spearman"]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How y goes with x: what `pearson`, `spearman` and `slope` of them return."""
+
+    pearson: float
+    spearman: float
+    slope: float
+
+
+def relations(x: ArrayLike, ys: Sequence[ArrayLike]) -> list[Relation]:
+    """The relation of each of several variables to `x`; what they share is computed once.
+
+    Args:
+        x: n values.
+        ys: n values each.
+
+    Raises:
+        ValueError: If the arrays are not 1-D and of one length.
+    """
+    pairs = [_pair(x, y) for y in ys]
+    one = _standard(np.asarray(x, dtype=np.float64))
+    return [_relation(one, _standard(y)) for _, y in pairs]
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
@@ -35,8 +63,7 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
     Raises:
         ValueError: If the arrays are not 1-D and of one length.
     """
-    x, y = _pair(x, y)
-    return _pearson(x, y) if _correlate(x, y) else float("nan")
+    return relations(x, [y])[0].pearson
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
@@ -44,8 +71,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 
     Args, returns and raises as `pearson`.
     """
-    x, y = _pair(x, y)
-    return _pearson(_ranks(x), _ranks(y)) if _correlate(x, y) else float("nan")
+    return relations(x, [y])[0].spearman
 
 
 def slope(x: ArrayLike, y: ArrayLike) -> float:
@@ -62,13 +88,7 @@ def slope(x: ArrayLike, y: ArrayLike) -> float:
     Raises:
         ValueError: If the arrays are not 1-D and of one length.
     """
-    x, y = _pair(x, y)
-    if not (np.all(np.isfinite(y)) and _varies(x)):
-        return float("nan")
-    (dx, x_exponent), (dy, y_exponent) = _deviations(x), _deviations(y)
-    scaled = np.sum(dx * dy) / np.sum(dx * dx)
-    with np.errstate(over="ignore", under="ignore"):
-        return float(np.ldexp(scaled, y_exponent - x_exponent))
+    return relations(x, [y])[0].slope
 
 
 def _pair(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
@@ -80,24 +100,44 @@ def _pair(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
     return x, y
 
 
-def _pearson(x: FloatArray, y: FloatArray) -> float:
-    (dx, _), (dy, _) = _deviations(x), _deviations(y)
-    r = np.sum(dx * dy) / np.sqrt(np.sum(dx * dx) * np.sum(dy * dy))
-    return float(np.clip(r, -1.0, 1.0))
+@dataclass(frozen=True)
+class _Standard:
+    """Values as `_relation` needs them.
+
+    Attributes:
+        deviations: from the mean, brought into [-1, 1] by 2^-exponent; None if not all are finite.
+        exponent: the power of two taken out.
+        ranks: less their mean; None where values do not differ by more than rounding noise.
+    """
+
+    deviations: FloatArray | None = None
+    exponent: int = 0
+    ranks: FloatArray | None = None
 
 
-def _correlate(x: FloatArray, y: FloatArray) -> bool:
-    """Whether a correlation of these is defined."""
-    return len(x) >= 3 and _varies(x) and _varies(y)
-
-
-def _varies(values: FloatArray) -> bool:
-    """Whether values are finite and differ by more than rounding noise."""
-    if len(values) < 2 or not np.all(np.isfinite(values)):
-        return False
+def _standard(values: FloatArray) -> _Standard:
+    if len(values) < 2 or not np.isfinite(values).all():
+        return _Standard()
     deviations, exponent = _deviations(values)
-    largest = np.ldexp(np.max(np.abs(values)), -exponent)
-    return bool(np.max(np.abs(deviations)) > RELATIVE_NOISE * largest)
+    largest = np.ldexp(np.abs(values).max(), -exponent)
+    varies = np.abs(deviations).max() > RELATIVE_NOISE * largest
+    return _Standard(deviations, exponent, _ranks(values) if varies else None)
+
+
+def _relation(x: _Standard, y: _Standard) -> Relation:
+    nan = float("nan")
+    if x.deviations is None or y.deviations is None or x.ranks is None:
+        return Relation(nan, nan, nan)
+    covariance = float(x.deviations @ y.deviations)
+    square = float(x.deviations @ x.deviations)
+    with np.errstate(over="ignore", under="ignore"):
+        slope = float(np.ldexp(covariance / square, y.exponent - x.exponent))
+    if y.ranks is None or len(y.ranks) < 3:
+        return Relation(nan, nan, slope)
+    r = covariance / np.sqrt(square * float(y.deviations @ y.deviations))
+    squares = float(x.ranks @ x.ranks) * float(y.ranks @ y.ranks)
+    rho = float(x.ranks @ y.ranks) / np.sqrt(squares)
+    return Relation(float(np.clip(r, -1.0, 1.0)), float(np.clip(rho, -1.0, 1.0)), slope)
 
 
 def _deviations(values: FloatArray) -> tuple[FloatArray, int]:
@@ -116,7 +156,15 @@ def exponent_of(values: FloatArray) -> int:
 
 
 def _ranks(values: FloatArray) -> FloatArray:
-    """Ranks from 1, equal values sharing their mean rank."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: FloatArray = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    """Ranks less their mean, equal values sharing their mean rank."""
+    order = np.argsort(values)
+    ascending = values[order]
+    starts = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
+    ranks = np.empty(len(values))
+    if len(starts) == len(values):
+        ranks[order] = np.arange(len(values))
+    else:
+        counts = np.diff(starts, append=len(values))
+        ranks[order] = np.repeat(starts + (counts - 1) / 2, counts)
+    ranks -= (len(values) - 1) / 2
     return ranks

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dora_dynamics._kernels import LowRankUpdate, dense_sums_of_all, low_rank_sums_of_all
+from dora_dynamics._kernels import LowRankUpdate, low_rank_sums_of_all, queue_dense_sums
 from dora_dynamics.decomposition import (
     UnitChange,
     _rescale,
@@ -21,7 +21,7 @@ from dora_dynamics.decomposition import (
 from dora_dynamics.effective import Dense
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -55,31 +55,48 @@ def measure_all(
     measured in one reading of it: each unit is measured by itself, so that the units of a part
     are those of the whole.
     """
+    return queue_measuring(weights, axis)()
+
+
+def queue_measuring(
+    weights: Iterable[tuple[Site, Tensor, EffectiveWeight]], axis: Axis
+) -> Callable[[], list[WeightChange]]:
+    """Start `measure_all`, and on a GPU wait for nothing but the changes by low-rank factors.
+
+    Returns:
+        A function that waits for the changes and returns them, in any thread; the weights may be
+        changed or let go of before.
+    """
     weights = list(weights)
     if axis == "input":
-        return _measure_together(weights, axis)
+        return _queue_together(weights, axis)
     groups = [
         list(group)
         for _, group in groupby(weights, key=lambda weight: (weight[0].tensor, weight[0].expert))
     ]
     spans = [_span([site for site, _, _ in group]) for group in groups]
-    wholes = _measure_together(
+    finish_wholes = _queue_together(
         [
             (span, baseline, effective)
             for span, ((_, baseline, effective), *_) in zip(spans, groups, strict=True)
         ],
         axis,
     )
-    return [
-        _part_of(whole, span, site)
-        for whole, span, group in zip(wholes, spans, groups, strict=True)
-        for site, _, _ in group
-    ]
+    parts = [[site for site, _, _ in group] for group in groups]
+
+    def finish() -> list[WeightChange]:
+        return [
+            _part_of(whole, span, site)
+            for whole, span, sites in zip(finish_wholes(), spans, parts, strict=True)
+            for site in sites
+        ]
+
+    return finish
 
 
-def _measure_together(
+def _queue_together(
     weights: Sequence[tuple[Site, Tensor, EffectiveWeight]], axis: Axis
-) -> list[WeightChange]:
+) -> Callable[[], list[WeightChange]]:
     """`measure` of each, with the sums of all that can be summed together taken at once."""
     dense: dict[int, tuple[Tensor, Tensor]] = {}
     low_rank: dict[int, LowRankUpdate] = {}
@@ -101,17 +118,24 @@ def _measure_together(
         elif axis == "output" and m.ndim == 1 and len(site.select(m)) == len(B):
             low_rank[i] = LowRankUpdate(before, A, B, effective.scaling)
             magnitudes[i] = site.select(m)
-    sums = dict(zip(dense, dense_sums_of_all(list(dense.values())), strict=True))
-    sums |= zip(low_rank, low_rank_sums_of_all(list(low_rank.values())), strict=True)
+    queued, finish_sums = list(dense), queue_dense_sums(list(dense.values()))
+    known = dict(zip(low_rank, low_rank_sums_of_all(list(low_rank.values())), strict=True))
     on_host = dict(zip(magnitudes, _to_host(list(magnitudes.values())), strict=True))
-    changes = []
-    for i, weight in enumerate(weights):
-        if i not in sums:  # not measurable together, or not at all: then this tells why
-            changes.append(measure(*weight, axis))
-            continue
-        units = _rescale(sums[i], on_host[i]) if i in on_host else unit_change(sums[i])
-        changes.append(reduce_units(units, axis))
-    return changes
+    alone = {  # not measurable together, or not at all: then this tells why
+        i: measure(*weight, axis)
+        for i, weight in enumerate(weights)
+        if i not in dense and i not in low_rank
+    }
+
+    def finish() -> list[WeightChange]:
+        sums = known | dict(zip(queued, finish_sums(), strict=True))
+        found = dict(alone)
+        for i, one in sums.items():
+            units = _rescale(one, on_host[i]) if i in on_host else unit_change(one)
+            found[i] = reduce_units(units, axis)
+        return [found[i] for i in sorted(found)]
+
+    return finish
 
 
 def _is_matrix(weight: Tensor) -> bool:

@@ -7,13 +7,15 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 
 from dora_dynamics import run_directory, snapshots
-from dora_dynamics.baseline import Baselines, CapturedBaseline
+from dora_dynamics.backlog import Backlog
+from dora_dynamics.baseline import Baselines, CapturedBaseline, Place
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.followed import Followed, common_method, follow
 from dora_dynamics.metrics import role_means
@@ -25,7 +27,7 @@ from dora_dynamics.sites import Site, find_sites
 from dora_dynamics.trajectory import to_table, trajectory_row
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
+    from dora_dynamics.decomposition import WeightChange
+    from dora_dynamics.effective import EffectiveWeight
     from dora_dynamics.resume import Progress
     from dora_dynamics.run_directory import StrPath
 
@@ -50,6 +54,9 @@ class Recorder:
 
     A weight that trains is copied once, as baseline; a frozen weight below a LoRA or DoRA is not
     copied.
+
+    On a GPU a recorded step queues its measurement and waits for nothing: a thread forms the rows
+    and writes them, a moment later, while training goes on. Whatever reads the rows waits for it.
 
     Where several processes train together, each follows its own copy and the main one writes.
 
@@ -74,6 +81,7 @@ class Recorder:
         granularity: Granularity = "matrix",
         keep: Keep | Collection[Keep] = (),
         baseline: StrPath | Mapping[str, Tensor] | CapturedBaseline | None = None,
+        baseline_place: Place = "device",
         seed: int | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         overwrite: bool = False,
@@ -100,6 +108,10 @@ class Recorder:
             baseline: W_0: what `capture_baseline` returned before the adapter was applied, the
                 path or hub name of the pre-trained checkpoint, or a state dict. By default the
                 model's own weights, below any adapter that leaves them as they were.
+            baseline_place: where copies of W_0 wait: "device", beside the weights that train;
+                "host", in pinned memory of the host, from where a GPU copies them at each
+                recorded step; "file", in the checkpoint that `baseline` names, mapped and copied
+                at each recorded step, so that they take no memory at all.
             seed: the seed of this training, noted in `run.json`; nothing is seeded with it.
             hyperparameters: anything else to note in `run.json`, as JSON values.
             overwrite: replace a run that `run_dir` already holds.
@@ -117,8 +129,8 @@ class Recorder:
             BaselineError: `baseline` lacks a followed weight, or is not given and a method rewrote
                 the base weights when it started (PiSSA, OLoRA and the like).
             NoDenseWeightError: the model carries a PEFT method without effective weights.
-            ValueError: a target matches nothing; `every`, `axis` or `keep` is not one of those
-                above; the model mixes adapters and `method` is not given.
+            ValueError: a target matches nothing; `every`, `axis`, `keep` or `baseline_place` is
+                not one of those above; the model mixes adapters and `method` is not given.
             RunDirectoryError: `run_dir` already holds a run, or cannot be written.
         """
         if axis not in AXES:
@@ -135,10 +147,11 @@ class Recorder:
         self._wanted = schedule(every)
         self._keep = kept_kinds(keep)
         run_directory.as_json(dict(hyperparameters or {}), "hyperparameters")
-        self._baseline = Baselines(model, self.sites, self._followed, baseline)
+        self._baseline = Baselines(model, self.sites, self._followed, baseline, baseline_place)
         self._decay = dict.fromkeys(self._followed, 0.0)
         self._rows: list[dict[str, object]] = []
         self._last_recorded: int | None = None
+        self._backlog = Backlog()
         self._directory: Path | None = None
         self._hooks: list[RemovableHandle] = []
         self._resumed: Progress | None = None
@@ -175,6 +188,7 @@ class Recorder:
         For loops that learn only after the baseline was taken whether training resumes. The
         arguments, and what is raised, are those of `Recorder`.
         """
+        self._backlog.wait()
         if keep is not None:
             self._keep = kept_kinds(keep)
             self._info = replace(self._info, keep=sorted(self._keep))
@@ -217,16 +231,22 @@ class Recorder:
     @property
     def trajectory(self) -> pd.DataFrame:
         """The rows taken so far, as a table (see `trajectory.COLUMNS`)."""
+        self._backlog.wait()
         return to_table(self._rows)
 
     @property
     def metrics(self) -> dict[str, float]:
         """The last recorded step as a few means over each role, as a trainer's log takes them."""
+        self._backlog.wait()
         latest = takewhile(lambda row: row["step"] == self._last_recorded, reversed(self._rows))
         return role_means(latest)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold for `resume=` to go on exactly; JSON values only."""
+        """What a checkpoint must hold for `resume=` to go on exactly; JSON values only.
+
+        The rows up to this step are written when it returns.
+        """
+        self._backlog.wait()
         return {"step": self.step, "total_decay": dict(self._decay)}
 
     @contextmanager
@@ -254,6 +274,7 @@ class Recorder:
                 leaves that to `advance_to`.
         """
         self._let_go()
+        self._backlog.wait()
         watched = [unwrapped(optimizer) for optimizer in optimizers]
         self._followed = follow(self._model, self.sites)
         self._baseline.settle(self._followed)
@@ -281,9 +302,12 @@ class Recorder:
     def finish(self, *, record: bool = True) -> None:
         """What leaving `attach` does: let go of the optimizer and record the last step."""
         self._let_go()
-        if record:
-            self.record()
-            self._report_quantization()
+        try:
+            if record:
+                self.record()
+                self._report_quantization()
+        finally:
+            self._backlog.close()
 
     def _let_go(self) -> None:
         for hook in self._hooks:
@@ -303,34 +327,51 @@ class Recorder:
         """
         if self._last_recorded == self.step:
             return
-        changes, effective = self._baseline.measure(
+        finish, effective = self._baseline.queue(
             self.sites, self.axis, keep="weights" in self._keep
         )
+        is_first = self._last_recorded is None
+        store = partial(self._store, self.step, finish, effective, dict(self._decay), is_first)
+        self._last_recorded = self.step
+        if self._baseline.is_on_gpu and not effective:
+            self._backlog.add(store)
+        else:
+            store()
+
+    def _store(
+        self,
+        step: int,
+        finish: Callable[[], list[WeightChange]],
+        effective: Mapping[str, EffectiveWeight],
+        total_decay: Mapping[str, float],
+        is_first: bool,
+    ) -> None:
+        """Wait for the changes of a step; form its rows, and write them where there is a run."""
+        changes = finish()
         rows = [
             trajectory_row(
                 site,
                 change,
                 run=self.run,
                 method=self.method,
-                step=self.step,
-                total_decay=self._decay[site.tensor],
+                step=step,
+                total_decay=total_decay[site.tensor],
                 head=site.head,
             )
             for site, change in zip(self.sites, changes, strict=True)
         ]
         if self._directory is not None:
             if "weights" in self._keep:
-                if self._last_recorded is None:
+                if is_first:
                     snapshots.save_baseline(self._directory, self._by_site(self._baseline.weights))
-                snapshots.save_weights(self._directory, self.step, self._by_site(effective))
+                snapshots.save_weights(self._directory, step, self._by_site(effective))
             if "units" in self._keep:
                 units = {
                     site: change.units for site, change in zip(self.sites, changes, strict=True)
                 }
-                snapshots.save_units(self._directory, self.step, units)
+                snapshots.save_units(self._directory, step, units)
             run_directory.append_rows(self._directory, rows)
         self._rows.extend(rows)
-        self._last_recorded = self.step
 
     def _by_site(self, tensors: Mapping[str, T]) -> dict[Site, T]:
         return {site: tensors[site.tensor] for site in self.sites}

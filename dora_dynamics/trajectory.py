@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 import pandas as pd
 
-from dora_dynamics.correlation import pearson, slope, spearman
+from dora_dynamics.correlation import relations
 from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def trajectory_row(
     directed = change.units.has_direction
     turned = turned[directed]
     signed = change.units.magnitude_difference[directed]
-    absolute = np.abs(signed)
+    absolute, plain = relations(turned, [np.abs(signed), signed])
     return {
         "run": run,
         "method": method,
@@ -121,12 +121,12 @@ def trajectory_row(
         "relative_delta_magnitude": change.relative_delta_magnitude,
         "magnitude_before": change.magnitude_before,
         "update_norm": change.update_norm,
-        "unit_coupling": pearson(turned, absolute),
-        "unit_rank_coupling": spearman(turned, absolute),
-        "unit_slope": slope(turned, absolute),
-        "signed_unit_coupling": pearson(turned, signed),
-        "signed_unit_rank_coupling": spearman(turned, signed),
-        "signed_unit_slope": slope(turned, signed),
+        "unit_coupling": absolute.pearson,
+        "unit_rank_coupling": absolute.spearman,
+        "unit_slope": absolute.slope,
+        "signed_unit_coupling": plain.pearson,
+        "signed_unit_rank_coupling": plain.spearman,
+        "signed_unit_slope": plain.slope,
         "radial_share": change.radial_share,
         "total_decay": total_decay,
         "zero_units": change.zero_units,

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
+import dora_dynamics.baseline
 from dora_dynamics.baseline import BaselineError, CapturedBaseline
+from dora_dynamics.measurement import queue_measuring
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,6 +187,91 @@ class TestGiven:
     def test_empty(self, tiny_transformer: Build) -> None:
         with pytest.raises(BaselineError, match=r"holds no 'layers\.0\.query\.weight'"):
             dd.Recorder(tiny_transformer(), TARGETS, baseline=CapturedBaseline({}, "Other"))
+
+
+class TestPlace:
+    """Where W_0 waits changes no number."""
+
+    def recorded(
+        self, tiny_transformer: Build, train: Train, device: str, **options: Any
+    ) -> dd.Recorder:
+        torch.manual_seed(0)
+        model = tiny_transformer().to(device)
+        recorder = dd.Recorder(model, TARGETS, every=1, method="FT", **options)
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 3)
+        return recorder
+
+    def test_same_rows(
+        self, tiny_transformer: Build, train: Train, tmp_path: Path, device: str
+    ) -> None:
+        safetensors.torch.save_file(tiny_transformer().state_dict(), tmp_path / "model.safetensors")
+        expected = self.recorded(tiny_transformer, train, device).trajectory
+        for options in (
+            {"baseline_place": "host"},
+            {"baseline_place": "host", "baseline": tmp_path},
+            {"baseline_place": "file", "baseline": tmp_path},
+        ):
+            recorder = self.recorded(tiny_transformer, train, device, **options)
+            assert recorder.trajectory.equals(expected)
+            for weight in recorder._baseline.weights.values():
+                assert weight.device.type == "cpu"
+                pinned = device == "cuda" and options["baseline_place"] == "host"
+                assert weight.is_pinned() == pinned
+        assert expected.query("step == 3")["delta_direction"].min() > 0
+
+    @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+    def test_in_the_file_it_keeps_the_dtype_of_the_file(
+        self, stored: torch.dtype, tiny_transformer: Build, train: Train, tmp_path: Path
+    ) -> None:
+        """A wide checkpoint is rounded as the model was when loaded, but only to be measured."""
+        model = tiny_transformer().to(torch.bfloat16)
+        state = {
+            name: tensor.to(stored) for name, tensor in tiny_transformer().state_dict().items()
+        }
+        safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+        recorder = dd.Recorder(model, TARGETS, baseline=tmp_path, baseline_place="file")
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            pass
+        assert recorder.trajectory["update_norm"].max() == 0
+        held = recorder._baseline.weights.values()
+        assert all(weight.dtype == stored for weight in held)
+
+    def test_what_is_copied_to_be_measured_is_bounded(
+        self,
+        tiny_transformer: Build,
+        train: Train,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Four weights that are converted for the comparison, two or one at a time."""
+        state = {n: t.to(torch.bfloat16) for n, t in tiny_transformer().state_dict().items()}
+        safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+        options: dict[str, Any] = {"baseline": tmp_path, "baseline_place": "file"}
+        expected = self.recorded(tiny_transformer, train, "cpu", **options).trajectory
+        for limit, groups in ((1 << 28, 1), (2 * 9 * 6 * 4, 2), (1, 4)):
+            calls: list[int] = []
+
+            def counting(
+                weights: list[Any], axis: Any, calls: list[int] = calls
+            ) -> Callable[[], list[Any]]:
+                calls.append(len(weights))
+                return queue_measuring(weights, axis)
+
+            monkeypatch.setattr(dora_dynamics.baseline, "_AT_A_TIME", limit)
+            monkeypatch.setattr(dora_dynamics.baseline, "queue_measuring", counting)
+            recorder = self.recorded(tiny_transformer, train, "cpu", **options)
+            assert recorder.trajectory.equals(expected)
+            assert calls == [4 // groups] * groups * 4  # of steps 0 to 3
+
+    def test_unknown_or_without_a_file(self, tiny_transformer: Build) -> None:
+        place: Any = "disk"
+        with pytest.raises(ValueError, match="must be 'device', 'host' or 'file', not 'disk'"):
+            dd.Recorder(tiny_transformer(), TARGETS, baseline_place=place)
+        with pytest.raises(ValueError, match="say with baseline= which"):
+            dd.Recorder(tiny_transformer(), TARGETS, baseline_place="file")
 
 
 class TestRefused:

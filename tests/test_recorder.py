@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,11 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
+import dora_dynamics.baseline
+from dora_dynamics import measurement
+from dora_dynamics._kernels import queue_dense_sums
 from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
+from dora_dynamics.baseline import Baselines
 from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
 from dora_dynamics.sites import NoSiteMatchesError
 
@@ -677,3 +683,141 @@ def test_magnitude_of_a_dora_weight_is_m(tiny_transformer: Build, train: Train) 
     last = recorder.trajectory.iloc[-1]
     assert last["delta_magnitude"] == pytest.approx(np.abs(m - m0).mean(), rel=1e-12)
     assert last["delta_direction"] > 1.9 / 6
+
+
+class TestBesideTraining:
+    """On a GPU a step queues its measurement and goes on; here a gate stands for the GPU."""
+
+    @pytest.fixture
+    def gate(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+        """Measurements end when it is set; weights are read when they are queued."""
+        gate = threading.Event()
+        queue = measurement.queue_measuring
+
+        def gated(weights: Any, axis: Any) -> Callable[[], Any]:
+            finish = queue(weights, axis)
+
+            def wait() -> Any:
+                assert gate.wait(60)
+                return finish()
+
+            return wait
+
+        monkeypatch.setattr(dora_dynamics.baseline, "queue_measuring", gated)
+        monkeypatch.setattr(Baselines, "is_on_gpu", property(lambda _: True))
+        return gate
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_training_does_not_wait_and_the_rows_are_the_same(
+        self,
+        method: str,
+        gate: threading.Event,
+        tiny_transformer: Build,
+        train: Train,
+        seed_everything: Callable[[int], None],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        seed_everything(0)
+        model = adapt(tiny_transformer(), method)
+        recorder = dd.Recorder(model, TARGETS, every=1, run_dir=tmp_path / "beside", run="one")
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 3)
+            assert recorder.step == 3
+            assert not recorder._rows
+            gate.set()
+            recorder.state_dict()
+            assert len(dd.load_runs([tmp_path / "beside"])) == 4 * 4
+        monkeypatch.undo()
+        seed_everything(0)
+        model = adapt(tiny_transformer(), method)
+        plain = dd.Recorder(model, TARGETS, every=1, run="one")
+        optimizer = adamw(model)
+        with plain.attach(optimizer):
+            train(model, optimizer, 3)
+        assert recorder.trajectory.equals(plain.trajectory)
+        assert dd.load_runs([tmp_path / "beside"]).equals(plain.trajectory)
+
+    def test_what_goes_wrong_there_is_raised(
+        self, gate: threading.Event, tiny_transformer: Build, train: Train, tmp_path: Path
+    ) -> None:
+        model = tiny_transformer()
+        recorder = dd.Recorder(model, TARGETS, every=1, run_dir=tmp_path / "run")
+        optimizer = adamw(model)
+        with pytest.raises(FileNotFoundError), recorder.attach(optimizer):  # noqa: PT012
+            shutil.rmtree(tmp_path / "run")
+            gate.set()
+            train(model, optimizer, 2)
+        assert not recorder.is_attached
+
+    def test_kept_weights_are_those_of_their_step(
+        self, gate: threading.Event, tiny_transformer: Build, train: Train, tmp_path: Path
+    ) -> None:
+        gate.set()
+        model = tiny_transformer()
+        run = tmp_path / "run"
+        recorder = dd.Recorder(model, TARGETS, every=1, run_dir=run, keep=["weights", "units"])
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 3)
+        assert dd.remeasure(run).equals(recorder.trajectory)
+
+
+class TestCounts:
+    """What a recorded step costs, in counts: they hold on any machine."""
+
+    def test_one_summing_for_all_weights(
+        self, tiny_transformer: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a GPU that is a launch for each layout and one transfer (tests/kernels)."""
+        calls: list[int] = []
+        queue = queue_dense_sums
+
+        def counting(pairs: list[Any]) -> Any:
+            calls.append(len(pairs))
+            return queue(pairs)
+
+        monkeypatch.setattr(measurement, "queue_dense_sums", counting)
+        model = tiny_transformer()
+        recorder = dd.Recorder(model, ["*.query", "*.key", "*.value", "*.out_proj"], every=2)
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 6)
+        assert calls == [8] * 4
+
+    def test_bytes_read_are_those_of_both_weights(
+        self, tiny_transformer: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[int] = []
+        queue = queue_dense_sums
+
+        def counting(pairs: list[Any]) -> Any:
+            read.append(sum(before.nbytes + after.nbytes for before, after in pairs))
+            return queue(pairs)
+
+        monkeypatch.setattr(measurement, "queue_dense_sums", counting)
+        model = tiny_transformer()
+        recorder = dd.Recorder(model, TARGETS, every=1)
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 1)
+        once = sum(weight_of(model, f"layers.{i}.{t}").nbytes for i in (0, 1) for t in TARGETS)
+        assert read == [2 * once] * 2
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_tensors_held_do_not_grow_with_steps(
+        self, method: str, tiny_transformer: Build, train: Train, device: str
+    ) -> None:
+        model = adapt(tiny_transformer().to(device), method)
+        recorder = dd.Recorder(model, TARGETS, every=1)
+        optimizer = adamw(model)
+        held, allocated = [], []
+        with recorder.attach(optimizer):
+            for _ in range(3):
+                train(model, optimizer, 10)
+                recorder.state_dict()
+                held.append(sum(tensor.nbytes for tensor in tensors_held(recorder)))
+                allocated.append(torch.cuda.memory_allocated() if device == "cuda" else 0)
+        assert held[0] == held[1] == held[2]
+        assert allocated[1] == allocated[2]

@@ -5,6 +5,9 @@ bfloat16 parts, whose products are exact in float32; other W_0 by three TF32 pro
 cores' own sums are cut after every tile, because they round towards zero. The products of rank
 size, c = s² diag(B (A Aᵀ) Bᵀ), are float64, and so is a: DoRA's m is compared with √a, and that
 difference cancels.
+
+Sites are taken in groups, so that what is copied for the kernel, A in its parts and A and B in
+float64, is that of a few sites: 160 MB at most, or what one site takes, however many there are.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ TILINGS: Final = {
     128: (128, 64, 8, 3),
 }
 """By rank: units and features of a tile, warps, and tiles in flight."""
-_PRODUCT: Final = 1 << 25
+_PACKED: Final = 1 << 23
+"""Elements of A in one launch, and in its three parts at a time."""
+_PRODUCT: Final = 1 << 22
 """Elements of A or B converted to float64 at a time."""
 
 
@@ -130,20 +135,23 @@ def sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
     """
     fit = [update for update in updates if _fits(update)]
     fast: list[UnitSums] = []
+    all_believable = True
     if fit:
         sums, first_units = queue(fit)
-        host = to_host(sums)
+        host = to_host(sums)()
+        all_believable = low_rank.is_believable(from_array(host))
         fast = [
             from_array(host[:, first : first + update.before.shape[0]])
             for first, update in zip(first_units, fit, strict=True)
         ]
     waiting = iter(fast)
-    return [
-        found
-        if _fits(update) and low_rank.is_believable(found := next(waiting))
-        else low_rank.plain_sums(update)
-        for update in updates
-    ]
+    found = []
+    for update in updates:
+        one = next(waiting) if _fits(update) else None
+        if one is None or not (all_believable or low_rank.is_believable(one)):
+            one = low_rank.plain_sums(update)
+        found.append(one)
+    return found
 
 
 def _fits(update: LowRankUpdate) -> bool:
@@ -166,11 +174,12 @@ def queue(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, list[int]]:
     for i, update in enumerate(updates):
         groups.setdefault(_kind(update), []).append(i)
     for kind, members in groups.items():
-        some = [updates[i] for i in members]
-        starts = [first_units[i] for i in members]
-        packed = pack(some)
-        launch(kind, some, starts, packed, sums)
-        squares(some, starts, packed, sums)
+        for few in in_portions(members, [updates[i].A.numel() for i in members], _PACKED):
+            some = [updates[i] for i in few]
+            starts = [first_units[i] for i in few]
+            packed = pack(some)
+            squares(some, starts, packed, sums)
+            launch(kind, some, starts, packed, sums)
     a, e, c, P = sums
     e *= on_device(np.repeat([update.scaling for update in updates], counts), device)
     torch.sub(c, ratio(e, a) * e, out=P).clamp_min_(0.0)
@@ -195,6 +204,19 @@ def _kind(update: LowRankUpdate) -> Kind:
     return Kind(before.dtype, A.dtype, B.dtype, rank, by_column)
 
 
+def in_portions(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """The items in order, in lists of which each takes at most `limit`, or holds one item."""
+    portions: list[list[int]] = []
+    held = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not portions or held + size > limit:
+            portions.append([])
+            held = 0
+        portions[-1].append(item)
+        held += size
+    return portions
+
+
 def pack(updates: Sequence[LowRankUpdate]) -> Tensor:
     """A of all sites, one after the other, each row by row."""
     return torch.cat([update.A.reshape(-1) for update in updates])
@@ -207,7 +229,7 @@ def launch(
     packed: Tensor,
     sums: Tensor,
 ) -> None:
-    """Fill in a and e without its scaling, for updates of one kind."""
+    """Fill in a and e without its scaling, for updates of one kind; `packed` is used up."""
     device = sums.device
     split = kind.before == torch.bfloat16
     units, features, warps, stages = TILINGS[kind.rank]
@@ -249,12 +271,12 @@ def launch(
 
 
 def _three_parts(packed: Tensor) -> Tensor:
-    """A as three bfloat16 parts, 24 bits together, one after the other."""
+    """A as three bfloat16 parts, 24 bits together, one after the other; `packed` is used up."""
     parts = torch.empty((3, packed.numel()), dtype=torch.bfloat16, device=packed.device)
     rest = packed.to(torch.float32)
     for part in parts:
         part.copy_(rest)
-        rest = rest - part
+        rest -= part
     return parts
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from dora_dynamics._kernels.sums import LARGEST, SMALLEST, TANGENTIAL_SHARE, UnitSums, from_array
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -254,15 +254,29 @@ _plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
 def sums_of_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[UnitSums]:
     """Sums of all pairs, all on one device: a launch per layout, one transfer, one wait."""
+    return queue(pairs)()
+
+
+def queue(pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], list[UnitSums]]:
+    """Queue what `sums_of_all` waits for.
+
+    Returns:
+        What waits for them, as in `queueing.queue_dense_sums`.
+    """
     plan = plan_of(pairs)
-    device = pairs[0][0].device
-    sums = torch.empty((4, plan.total), dtype=torch.float64, device=device)
+    sums = torch.empty((4, plan.total), dtype=torch.float64, device=pairs[0][0].device)
     run(plan, sums)
-    host = to_host(sums)
-    return [
-        from_array(host[:, first : first + before.shape[0]])
-        for first, (before, _) in zip(plan.first_units, pairs, strict=True)
-    ]
+    wait = to_host(sums)
+    ends = [*plan.first_units[1:], plan.total]
+
+    def finish() -> list[UnitSums]:
+        host = wait()
+        return [
+            from_array(host[:, first:end])
+            for first, end in zip(plan.first_units, ends, strict=True)
+        ]
+
+    return finish
 
 
 def run(plan: Plan, sums: Tensor) -> None:
@@ -339,16 +353,22 @@ def make_plan(pairs: Sequence[tuple[Tensor, Tensor]], tiling: Tiling | None = No
     return Plan(tuple(launches), tuple(first_units[:-1]), first_units[-1])
 
 
-def to_host(sums: Tensor) -> NDArray[np.float64]:
-    """Bring sums to host memory: one transfer, then the only wait for the device."""
+def to_host(sums: Tensor) -> Callable[[], NDArray[np.float64]]:
+    """Queue the one transfer of sums to host memory; what is returned waits for it alone."""
     if sums.device.type == "cpu":
-        array: NDArray[np.float64] = sums.numpy()
-        return array
+        return sums.numpy
     host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
     host.copy_(sums, non_blocking=True)
-    torch.cuda.current_stream(sums.device).synchronize()
-    array = host.numpy()
-    return array
+    event: Any = torch.cuda.Event
+    copied = event(blocking=True)
+    copied.record(torch.cuda.current_stream(sums.device))
+
+    def wait() -> NDArray[np.float64]:
+        copied.synchronize()
+        array: NDArray[np.float64] = host.numpy()
+        return array
+
+    return wait
 
 
 def element_type(dtype: torch.dtype) -> Any:

@@ -17,6 +17,19 @@ cuda: Any = torch.cuda
 cuda.device = contextlib.nullcontext
 
 
+def count_calls(module: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a function of a module from now on."""
+    function = getattr(module, name)
+    calls: list[tuple[Any, ...]] = []
+
+    def counting(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    setattr(module, name, counting)
+    return calls
+
+
 def dense() -> None:
     """Every layout, ragged shapes and difficult rows, all in one plan."""
     layouts = [name for name in LAYOUTS if name != "unaligned"]
@@ -27,7 +40,7 @@ def dense() -> None:
         for before, after in [changed((5, 384), dtype), changed((33, 37), dtype), difficult(dtype)]
     ]
     pairs += [changed((1, 17), torch.float32), changed((9, 3), torch.bfloat16)]
-    for (before, after), found in zip(pairs, triton_path.sums_of_all(pairs), strict=True):
+    for (before, after), found in zip(pairs, triton_path.queue(pairs)(), strict=True):
         assert_sums(found, before, after)
 
 
@@ -38,18 +51,9 @@ def counts() -> None:
     aligned = [pair for pair in pairs if triton_path.layout_of(*pair).aligned]
     assert len(triton_path.plan_of(aligned).launches) == 1
     assert triton_path.plan_of(aligned) is triton_path.plan_of(aligned)
-    transfers = 0
-    to_host = triton_path.to_host
-
-    def counting(sums: torch.Tensor) -> Any:
-        nonlocal transfers
-        transfers += 1
-        return to_host(sums)
-
-    triton_path.to_host = counting
-    triton_path.sums_of_all(pairs)
-    triton_path.to_host = to_host
-    assert transfers == 1
+    transfers = count_calls(triton_path, "to_host")
+    triton_path.queue(pairs)()
+    assert len(transfers) == 1
     plan = triton_path.plan_of(pairs)
     assert plan.total == sum(units for units, _ in shapes)
     tables = sum(one.table.nbytes + one.owners.nbytes for one in plan.launches)
@@ -68,7 +72,17 @@ def low_rank_changes() -> None:
             updates.append(low_rank.LowRankUpdate(w, A, B, 2.0))
             columns = LAYOUTS["columns"](w)
             updates.append(low_rank.LowRankUpdate(columns, A.to(torch.bfloat16), B.T.T, 0.5))
+    before = [(update.A.clone(), update.B.clone()) for update in updates]
+    assert triton_low_rank.pack(updates[:1]).data_ptr() != updates[0].A.data_ptr()
+    setattr(triton_low_rank, "_PACKED", 300 * 8)  # noqa: B010 - several launches
+    packings = count_calls(triton_low_rank, "pack")
     sums, firsts = triton_low_rank.queue(updates)
+    assert len(packings) > 4
+    largest = max(sum(update.A.numel() for update in group) for (group,) in packings)
+    assert largest <= max(300 * 8, 128 * 16)
+    for update, (A, B) in zip(updates, before, strict=True):
+        assert torch.equal(update.A, A)
+        assert torch.equal(update.B, B)
     for update, first in zip(updates, firsts, strict=True):
         reference = low_rank.plain_sums(update)
         a, e, c, P = sums[:, first : first + len(update.before)]
