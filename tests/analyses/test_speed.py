@@ -1,0 +1,133 @@
+"""The recipes that measure speed, at their smallest: what they count and write, never seconds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from analyses import _tables, growth
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUICK = ["--quick", "--device", "cpu"]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+def only_table(out: Path, name: str) -> pd.DataFrame:
+    (path,) = (out / "analyses" / "results").glob(f"{name}_*.csv")
+    table = pd.read_csv(path)
+    assert {"machine", "versions", "seed"} <= set(table.columns)
+    for ending in ("png", "svg"):
+        assert (out / "figures" / f"{name}.{ending}").stat().st_size > 0
+    return table
+
+
+def test_observer_cost(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from analyses import observer_cost
+
+    observer_cost.main([*QUICK, "--out", str(tmp_path)])
+    table = only_table(tmp_path, "observer_cost").set_index(["method", "place"])
+    assert (table["step_ms"] > 0).all()
+    assert (table["hook_ms"] > 0).all()
+    assert (table["followed_parameters"] == table["followed_parameters"].iloc[0]).all()
+    followed = 4 * table["followed_parameters"].iloc[0] / 1e6
+    assert table.loc[("FT", "device"), "copied_mb"] == pytest.approx(followed, rel=1e-4)
+    assert table.loc[("FT", "file"), "copied_mb"] == 0
+    assert table.loc[("FT", "file"), "mapped_mb"] == pytest.approx(followed, rel=1e-4)
+    for column in ("copied_mb", "mapped_mb"):
+        assert table.loc[("LoRA", "device"), column] == 0
+
+    drawn = (tmp_path / "figures" / "observer_cost.svg").read_bytes()
+    observer_cost.main(["--redraw", "--out", str(tmp_path)])
+    assert (tmp_path / "figures" / "observer_cost.svg").read_bytes() == drawn
+
+
+def test_every_linear_weight_is_followed() -> None:
+    """As many as there are linear layers, in either model; the classifier and pooler too."""
+    pytest.importorskip("transformers")
+    from analyses._training import Shape, model_of
+    from dora_dynamics.sites import find_sites
+
+    beside: dict[str, set[str]] = {"llama": set(), "bert": {"classifier"}}
+    for family in beside:
+        shape = Shape("tiny", family, 16, 24, 2, 4, 2, 20, 2, 4)
+        model = model_of(shape, "cpu")
+        linears = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+        assert {site.name for site in find_sites(model, shape.targets)} == linears - beside[family]
+
+
+def test_adapter_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from analyses import adapter_cost
+
+    adapter_cost.main([*QUICK, "--out", str(tmp_path)])
+    table = only_table(tmp_path, "adapter_cost").set_index("variant")
+    trained = table[~table["merged"] & (table["by"] != "original")]
+    assert set(trained["by"]) == {"ours", "PEFT"}
+    assert (trained[["forward_ms", "backward_ms", "kept_mb"]] > 0).all(axis=None)
+    kept = trained["kept_mb"]
+    assert kept["DoRA detached, ours"] < kept["DoRA exact, ours"]
+    assert (table.loc[table["merged"], "latency_ratio"] > 0).all()
+    assert table.loc["original", "latency_ratio"] == 1
+
+    monkeypatch.setattr(_tables, "version", lambda _: "")
+    assert {variant.by for variant in adapter_cost.variants()} == {"original", "ours"}
+
+
+def test_variants_of_a_method_are_the_same_model() -> None:
+    """Ours and PEFT's give the same outputs from the same factors."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from analyses import adapter_cost
+    from analyses._training import batch_of
+
+    shape = adapter_cost.shapes("cpu", quick=True)[0]
+    batch = batch_of(shape, "cpu")
+    logits = {}
+    for variant in adapter_cost.variants():
+        model: Any = adapter_cost.adapted(variant, shape, "cpu", rank=2).eval()
+        if variant.by != "original" and not variant.merged:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_" in name and parameter.ndim == 2:
+                        values = torch.arange(1, parameter.numel() + 1).sin() / 3
+                        parameter.copy_(values.view_as(parameter))
+        logits[variant.name] = model(**batch).logits.detach()
+    for method in ("LoRA", "DoRA detached"):
+        torch.testing.assert_close(logits[f"{method}, ours"], logits[f"{method}, PEFT"])
+        assert not torch.allclose(logits[f"{method}, ours"], logits["original"], atol=1e-4)
+
+
+def test_growth(tmp_path: Path) -> None:
+    growth.main([*QUICK, "--out", str(tmp_path)])
+    table = only_table(tmp_path, "growth")
+    assert set(table["growth"]) == set(growth.UNITS)
+    assert (table["median_ms"] > 0).all()
+    drawn = (tmp_path / "figures" / "growth.svg").read_text()
+    growth.main(["--redraw", "--out", str(tmp_path)])
+    assert (tmp_path / "figures" / "growth.svg").read_text() == drawn
+
+
+def test_fit_of_a_straight_line() -> None:
+    found = {size: [0.5 + 0.25 * size] * 3 for size in (1, 10, 100, 1000)}
+    table = growth.table_of("sites", found)
+    np.testing.assert_allclose(table["slope_ms"], 250)
+    np.testing.assert_allclose(table["intercept_ms"], 500)
+    np.testing.assert_allclose(table["r_squared"], 1)
+    assert table["exponent"].iloc[0] == pytest.approx(1, abs=0.02)
+    square = growth.table_of("sites", {size: [1e-6 * size**2] for size in (1, 10, 100, 1000)})
+    assert square["r_squared"].iloc[0] < 0.995
+    assert square["exponent"].iloc[0] == pytest.approx(2)
+
+
+def test_nothing_to_redraw_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="run without --redraw first"):
+        growth.main(["--redraw", "--out", str(tmp_path)])
