@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
-from analyses import support_table
+from analyses import architecture_table, support_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -114,6 +114,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "finding": finding,
     "scores": scores,
     "paper": paper,
+    "architectures": architecture_table.table,
     "peft": support_table.table,
 }
 

@@ -28,19 +28,26 @@ def rows() -> pd.DataFrame:
     from dora_dynamics.effective.peft_layers import method_name
 
     found = []
-    for kind, cases in importlib.import_module("tests.effective.peft_cases").CASES.items():
-        for case in cases:
-            model = case.build()
-            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            with warnings.catch_warnings():  # what PEFT says about its own settings
-                warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")
-                model = case.adapt(model)
-                layers = _layers(model, case)
-                read, why, needs = _reading(model, layers, before)
-            name = method_name(next(iter(layers.values()))) if layers else _ACRONYMS.get(kind)
-            method = {"DoRA": "LoRA"}.get(name or "", name) or kind.replace("_", " ").lower()
-            found.append((kind, method, case.name, read, needs, why))
+    for kind, case in all_cases():
+        model = case.build()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with warnings.catch_warnings():  # what PEFT says about its own settings
+            warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")
+            model = case.adapt(model)
+            layers = _layers(model, case)
+            read, why, needs = _reading(model, layers, before)
+        name = method_name(next(iter(layers.values()))) if layers else _ACRONYMS.get(kind.value)
+        method = {"DoRA": "LoRA"}.get(name or "", name) or kind.value.replace("_", " ").lower()
+        found.append((kind.value, method, case.name, read, needs, why))
     return pd.DataFrame(found, columns=["type", "method", "variant", "read", "baseline", "why"])
+
+
+def all_cases() -> list[tuple[Any, Any]]:
+    """What the tests build: every method of PEFT's registry, and QALoRA."""
+    cases = importlib.import_module("tests.effective.peft_cases")
+    found: list[tuple[Any, Any]] = cases.all_cases()
+    found.append((next(kind for kind, _ in found if kind.value == "LORA"), cases.QALORA))
+    return sorted(found, key=lambda item: (item[0].value != "LORA", item[0].value))
 
 
 def table(support: pd.DataFrame | None = None) -> str:
@@ -78,8 +85,12 @@ def _reading(
         ways = sorted({how_read(layer) for layer in layers.values()})
     except NoDenseWeightError as error:
         return "", str(error).partition(": ")[2].rstrip("."), ""
-    bases = ((name, layer.get_base_layer().weight) for name, layer in layers.items())
-    kept = all(torch.equal(weight, before[f"{name}.weight"]) for name, weight in bases)
+    kept = all(
+        torch.equal(layer.get_base_layer().state_dict()[part], before[f"{name}.{part}"])
+        for name, layer in layers.items()
+        for part in ("weight", "qweight")
+        if f"{name}.{part}" in before
+    )
     return ", ".join(ways), "", "" if kept else "`baseline=` needed"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dora_dynamics.effective import (
     EffectiveWeight,
+    acting_layer,
     base_weight,
     dense_weight,
     effective_weight,
@@ -71,22 +72,29 @@ class Followed:
         """Name of the method that trains the tensor: "FT" where the module itself holds it."""
         return "FT" if self.parameter in self.module._parameters else method_of(self.module)
 
+    def is_left_alone(self) -> bool:
+        """Whether nothing trains the tensor: it is frozen and carries no adapter."""
+        if self.method() != "FT":
+            return False
+        stored = self.stored()
+        return stored is not None and not stored.requires_grad
+
 
 def follow(model: nn.Module, sites: Iterable[Site]) -> dict[str, Followed]:
     """The tensors behind `sites`, each once, by `Site.tensor`."""
     return {
-        site.tensor: Followed(model.get_submodule(site.module), site.parameter) for site in sites
+        site.tensor: Followed(*acting_layer(model, site.module, site.parameter)) for site in sites
     }
 
 
 def common_method(followed: Mapping[str, Followed]) -> str:
-    """The method that trains all of these tensors.
+    """The method that trains all of these tensors, but for frozen ones that carry no adapter.
 
     Raises:
         ValueError: they are trained by several methods, or by one that has no known name.
     """
-    found = {tensor.method() for tensor in followed.values()}
-    (method,) = found if len(found) == 1 else (None,)
+    found = {tensor.method() for tensor in followed.values() if not tensor.is_left_alone()}
+    (method,) = found if len(found) == 1 else ("FT",) if not found else (None,)
     if method is None:
         raise InputError("the followed weights do not share one known method: pass method=.")
     return method

@@ -503,6 +503,8 @@ class TestForeignParametrizations:
     def test_unknown_method_must_be_named(self, tiny_transformer: Build) -> None:
         model = tiny_transformer()
         dd.apply_lora(model, ["layers.0.query"])
+        assert dd.Recorder(model, ["query"]).method == "LoRA"  # the other query is frozen
+        model.get_submodule("layers.1.query").requires_grad_(True)
         with pytest.raises(ValueError, match="do not share one known method: pass method="):
             dd.Recorder(model, ["query"])
         assert dd.Recorder(model, ["query"], method="half").method == "half"

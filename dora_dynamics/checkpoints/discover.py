@@ -12,7 +12,7 @@ from dora_dynamics.checkpoints.errors import CheckpointError, first_line
 from dora_dynamics.checkpoints.folder import TORCH_SUFFIXES
 from dora_dynamics.checkpoints.opening import is_checkpoint, step_in_name
 
-_HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+_HUB_NAME: Final = re.compile(r"(?:[\w.-]+/)?\w[\w.-]*(?:@[\w./-]+)?")
 _SUFFIXES: Final = (".safetensors", *TORCH_SUFFIXES)
 _LOOK_ALIKES: Final = frozenset(
     {"optimizer.pt", "scheduler.pt", "training_args.bin", "scaler.pt", "optimizer.bin"}
@@ -20,7 +20,7 @@ _LOOK_ALIKES: Final = frozenset(
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """A path on this machine; a hub name ("org/model", "org/model@revision") is fetched.
+    """A path on this machine; a hub name ("gpt2", "org/model", "org/model@main") is fetched.
 
     Raises:
         CheckpointError: neither is there.

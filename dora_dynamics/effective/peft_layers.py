@@ -55,6 +55,7 @@ _REWRITES: Final = {
     "pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA",
 }  # fmt: skip
 """Values of `init_lora_weights` that change the base weight, by their beginning."""
+_ATTENTION_OUTPUT: Final = "out_proj"
 _FACTORED: Final = frozenset({"_ConvNd", "MultiheadAttention", "ParamWrapper", "SVDLinear"})
 """LoRA layers whose update is not `lora_B.weight @ lora_A.weight` of two linear layers."""
 
@@ -89,6 +90,39 @@ def original(module: nn.Module) -> nn.Module:
     return module
 
 
+def holder_of(leaf: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    """The plain layer that holds a tensor, and its name there; it may be one inside `leaf`."""
+    *inner, name = parameter.split(".")
+    for part in inner:
+        leaf = original(cast("nn.Module", getattr(leaf, part)))
+    return leaf, name
+
+
+def acting_layer(model: nn.Module, path: str, parameter: str) -> tuple[nn.Module, str]:
+    """The module to read a tensor at, and its name there.
+
+    The module at `path` itself, but for the output projection inside a `MultiheadAttention` that
+    PEFT wraps: torch's attention takes its weight and never calls it, so that the layer around the
+    attention tells what is applied.
+
+    Raises:
+        NoDenseWeightError: an adapter sits on the output projection alone, where it is not called.
+    """
+    module, below = model, path.split(".") if path else []
+    for i, part in enumerate(below):
+        if isinstance(original(module), nn.MultiheadAttention):
+            inside = [name for name in below[i:] if name not in ("base_layer", "original_module")]
+            if inside == [_ATTENTION_OUTPUT] and original(module) is not module:
+                return module, f"{_ATTENTION_OUTPUT}.{parameter}"
+            if inside == [_ATTENTION_OUTPUT] and is_tuner_layer(module.get_submodule(part)):
+                raise NoDenseWeightError(
+                    f"the adapter on {path} has no effect: torch's attention never calls its "
+                    "output projection; put the adapter on the attention module itself."
+                )
+        module = module.get_submodule(part)
+    return module, parameter
+
+
 def is_tuner_layer(module: nn.Module) -> bool:
     """Whether the module is an adapter layer of PEFT."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
@@ -108,7 +142,7 @@ def rewrites_in_forward(module: nn.Module) -> bool:
 def method_name(module: nn.Module) -> str:
     """Name of the method of a tuner layer: "LoRA", "DoRA", "OFT" and so on."""
     package = _package(module)
-    name = _NAMES.get(package, package.upper())
+    name = _NAMES.get(package, package.upper()) or type(module).__name__
     magnitudes = getattr(module, "lora_magnitude_vector", None)
     if package == "lora" and magnitudes is not None and len(magnitudes):
         return "DoRA"
@@ -136,15 +170,17 @@ def how_read(layer: nn.Module, parameter: str = "weight") -> str:
     return _computed(layer, parameter)[1]
 
 
-def decayed_parameter(layer: nn.Module) -> Tensor | None:
-    """The parameter whose weight decay shrinks the magnitude: m in DoRA, the base in LoRA."""
-    factors = _factors(layer)
-    if isinstance(factors, LowRank):
-        if factors.magnitude is None:
-            return cast("Tensor", original(layer).weight)
-        vectors = cast("nn.ModuleDict", layer.lora_magnitude_vector)
-        return cast("Tensor", vectors[_active(layer)[0]].weight)
-    return None
+def magnitude_vector(layer: nn.Module) -> Tensor | None:
+    """DoRA's m, which weight decay shrinks; None where the layer has none, or several."""
+    vectors = getattr(layer, "lora_magnitude_vector", {})
+    held = [vectors[adapter].weight for adapter in _active(layer) if adapter in vectors]
+    return cast("Tensor", held[0]) if len(held) == 1 else None
+
+
+def adds_to_base(layer: nn.Module) -> bool:
+    """Whether a layer is plain LoRA, whose magnitude is that of the base weight below it."""
+    variants = getattr(layer, "lora_variant", {})
+    return _package(layer) == "lora" and not any(a in variants for a in _active(layer))
 
 
 def refuse_layer(layer: nn.Module) -> None:
@@ -219,9 +255,10 @@ def _computed(layer: nn.Module, parameter: str) -> tuple[Tensor, str]:
         warnings.filterwarnings("ignore", module=r"peft\.")
         copy = private_copy(layer)
         leaf = original(copy)
-        shape = cast("Tensor", getattr(leaf, parameter)).shape
-        device = cast("Tensor", getattr(leaf, parameter)).device
-        sample = sample_input(leaf, shape, device)
+        holder, name = holder_of(leaf, parameter)
+        stored = cast("Tensor", getattr(holder, name))
+        shape = stored.shape
+        sample = sample_input(leaf, shape, stored.device)
         expected = None if sample is None else _answer(copy, sample)
         merged = _merged(copy, parameter)
         if merged is not None and (expected is None or _agrees(merged[1], sample, expected)):
@@ -258,7 +295,8 @@ def _merged(copy: nn.Module, parameter: str) -> tuple[Tensor, nn.Module] | None:
     except (NotImplementedError, ValueError, RuntimeError, TypeError, AttributeError, KeyError):
         return None
     leaf = original(copy)
-    weight = getattr(leaf, parameter, None)
+    holder, name = holder_of(leaf, parameter)
+    weight = getattr(holder, name, None)
     return (weight.detach(), leaf) if isinstance(weight, torch.Tensor) else None
 
 

@@ -1,19 +1,23 @@
 """Quantised layers: the weight they stand for, and how to add a kind that is not known here.
 
 A quantised layer multiplies by codes and scales; the weight it stands for is what they decode to.
-The functions below decode the layers of bitsandbytes, torchao, HQQ, GPTQ and AWQ through what
-those layers themselves, or PEFT, offer; `register_dequantizer` adds one more.
+The functions below decode the layers of torchao, HQQ, GPTQ and AWQ through what those layers
+themselves offer, and those of bitsandbytes through its own functions; `register_dequantizer` adds
+one more.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
 
+from dora_dynamics.effective.registry import NO_MATRIX
 from dora_dynamics.effective.weights import NoDenseWeightError
+from dora_dynamics.sites import CODES, register_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,13 +26,15 @@ if TYPE_CHECKING:
 
 _dequantizers: dict[type[nn.Module], Callable[[nn.Module], Tensor]] = {}
 _BITSANDBYTES: Final = frozenset({"Params4bit", "Int8Params"})
-_CODES: Final = ("qweight", "W_q")
 
 
 def register_dequantizer(
     module_type: type[nn.Module], function: Callable[[nn.Module], Tensor]
 ) -> None:
     """Say how the weight of a quantised layer is decoded.
+
+    Modules of the class are followed as linear layers from now on (as `register_linear` makes them
+    be), by their `in_features` and `out_features`.
 
     Args:
         module_type: class of the layer, subclasses included.
@@ -38,13 +44,15 @@ def register_dequantizer(
         >>> dd.register_dequantizer(Int8Linear, lambda layer: layer.codes * layer.scale[:, None])
     """
     _dequantizers[module_type] = function
+    if not issubclass(module_type, NO_MATRIX):
+        register_linear(module_type)
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether the layer itself (nothing inside it) holds its weight as codes."""
     if _registered(module) is not None:
         return True
-    if any(name in module._parameters or name in module._buffers for name in _CODES):
+    if any(name in module._parameters or name in module._buffers for name in CODES):
         return True
     weight = module._parameters.get("weight")
     return weight is not None and (
@@ -78,9 +86,8 @@ def dequantized(module: nn.Module) -> Tensor:
             method = getattr(module, name, None)
             if callable(method):
                 return _as_out_in(module, method())
-        peft = sys.modules.get("peft.utils.integrations")
-        if peft is not None and type(weight).__name__ in _BITSANDBYTES:
-            return cast("Tensor", peft.dequantize_module_weight(module)).detach()
+        if type(weight).__name__ in _BITSANDBYTES and "bitsandbytes" in sys.modules:
+            return _from_bitsandbytes(module, weight)
     raise NoDenseWeightError(
         f"{type(module).__name__} keeps its weight quantised in a way that is not known here: say "
         "how it is decoded with dora_dynamics.register_dequantizer."
@@ -112,6 +119,35 @@ def _decodes_itself(weight: Tensor) -> bool:
         and callable(getattr(type(inner), "dequantize", None))
         and type(inner).dequantize is not torch.Tensor.dequantize
     )
+
+
+def _from_bitsandbytes(module: nn.Module, weight: Any) -> Tensor:
+    """Decode a layer of bitsandbytes and leave it as it is.
+
+    In eval mode on a CPU its 4-bit layers repack their codes, which its own decoding then misreads:
+    they are brought back on a copy first. Its 8-bit layers keep their scales in the weight until
+    the first forward pass, and in the layer's state from then on.
+    """
+    functional = sys.modules["bitsandbytes"].functional
+    if type(weight).__name__ == "Params4bit":
+        codes, coding = weight.data, weight.quant_state
+        if getattr(coding, "packing_format_for_cpu", False):
+            unpack = functional._convert_weight_packed_for_cpu_inverse
+            codes, coding = unpack(codes, copy.copy(coding))
+        decoded: Tensor = functional.dequantize_4bit(codes, coding)
+        return decoded
+    state = getattr(module, "state", None)
+    scales = getattr(weight, "SCB", None)
+    scales = getattr(state, "SCB", None) if scales is None else scales
+    kept: Tensor | None = getattr(state, "CB", None)
+    codes = weight.data if kept is None else kept
+    if scales is None or codes.dtype != torch.int8:
+        raise NoDenseWeightError(
+            f"{type(module).__name__} has not quantised its weight yet: move the model to the "
+            "device it trains on first."
+        )
+    rows: Tensor = scales.to(codes.device).unsqueeze(1) / 127
+    return codes * rows
 
 
 def _as_out_in(module: nn.Module, weight: Tensor) -> Tensor:

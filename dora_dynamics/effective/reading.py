@@ -84,7 +84,8 @@ def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
         return dequantized(module)
     if parameter == "weight" and not _is_plain(module):
         return _foreign(module)
-    weight = getattr(module, parameter, None)
+    holder, name = peft_layers.holder_of(module, parameter)
+    weight = getattr(holder, name, None)
     if not isinstance(weight, torch.Tensor):
         raise NoDenseWeightError(f"{type(module).__name__} has no tensor called {parameter!r}.")
     return weight.detach()
@@ -107,8 +108,9 @@ def stored_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | N
         return None if adapter_of(base) is None else pretrained_weight(base)
     if parameter == "weight" and (is_quantized(base) or not _is_plain(base)):
         return None
-    stored = base._parameters.get(parameter)
-    return base._buffers.get(parameter) if stored is None else stored
+    holder, name = peft_layers.holder_of(base, parameter)
+    stored = holder._parameters.get(name)
+    return holder._buffers.get(name) if stored is None else stored
 
 
 def base_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
@@ -146,8 +148,9 @@ def magnitude_parameter(module: nn.Module, parameter: str = "weight") -> Tensor 
     None where that is not known.
     """
     module = peft_layers.resolved(module)
-    if peft_layers.is_tuner_layer(module):
-        return peft_layers.decayed_parameter(module)
+    is_adapted = peft_layers.is_tuner_layer(module) and parameter != "bias"
+    if is_adapted and not peft_layers.adds_to_base(module):
+        return peft_layers.magnitude_vector(module)
     adapter = adapter_of(module)
     if parameter == "weight" and isinstance(adapter, DoRA):
         return adapter.magnitude

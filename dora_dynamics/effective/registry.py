@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_NO_MATRIX: Final = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm)
+NO_MATRIX: Final = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm)
 _functions: dict[type[nn.Module], Callable[[nn.Module], Tensor]] = {}
 
 
@@ -44,7 +44,7 @@ def register_effective_weight(
         >>> dd.register_effective_weight(ScaledLinear, lambda m: m.gain * m.base_layer.weight)
     """
     _functions[module_type] = function
-    if not issubclass(module_type, _NO_MATRIX):
+    if not issubclass(module_type, NO_MATRIX):
         register_linear(module_type)
 
 

@@ -6,6 +6,7 @@ from dora_dynamics.sites.catalogue import Granularity as Granularity
 from dora_dynamics.sites.catalogue import UnknownAxisError as UnknownAxisError
 from dora_dynamics.sites.catalogue import describe_tensor as describe_tensor
 from dora_dynamics.sites.catalogue import expand as expand
+from dora_dynamics.sites.models import CODES as CODES
 from dora_dynamics.sites.models import is_linear as is_linear
 from dora_dynamics.sites.models import list_weights as list_weights
 from dora_dynamics.sites.models import register_linear as register_linear

@@ -290,12 +290,12 @@ def _role(path: str, parameter: str, kind: Kind) -> str:
     if kind != "vector":
         return own
     if parameter == "bias":
-        return f"{own}_bias" if is_known(path) else "norm_bias" if _is_norm(own) else "bias"
-    return "norm" if _is_norm(own) else own
+        return f"{own}_bias" if is_known(path) else "norm_bias" if _is_norm(path) else "bias"
+    return "norm" if _is_norm(path) else own
 
 
-def _is_norm(name: str) -> bool:
-    lowered = name.lower()
+def _is_norm(path: str) -> bool:
+    lowered = path.rpartition(".")[2].lower()
     return "norm" in lowered or "layrnorm" in lowered or lowered.startswith("ln_")
 
 

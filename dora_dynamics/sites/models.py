@@ -22,6 +22,9 @@ _DATA_PARALLEL: Final = frozenset({"DistributedDataParallel", "DataParallel"})
 _QUERY_HEADS: Final = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _KEY_VALUE_HEADS: Final = ("num_key_value_heads", "num_kv_heads")
 
+CODES: Final = frozenset({"qweight", "W_q"})
+"""Names that the codes of a packed linear layer go by: of GPTQ and AWQ, and of HQQ."""
+
 _linear_classes: list[type[nn.Module]] = []
 
 
@@ -78,6 +81,12 @@ def _weights_of(
             config={"model_type": "torch.MultiheadAttention"},
             heads=Heads(inner.num_heads, inner.num_heads, inner.head_dim), module=path,
         )  # fmt: skip
+        if inner is not module:  # what is inside is covered, and this is a layer of its own
+            around = "base_layer" if hasattr(module, "base_layer") else "original_module"
+            yield whole_weight(
+                f"{name}.out_proj", "weight", "matrix", _shape(_adapted(inner.out_proj), "weight"),
+                config=config, module=f"{path}.{around}.out_proj",
+            )  # fmt: skip
     elif _dimensions(inner, "weight") == 1:
         yield whole_weight(name, "weight", "vector", _shape(inner, "weight"), module=path)
     for parameter in _EXPERT_PARAMETERS:
@@ -87,15 +96,19 @@ def _weights_of(
                 stored_transposed=bool(inner.is_transposed),
                 gate_first=bool(getattr(inner, "is_concatenated", False)), module=path,
             )  # fmt: skip
-    if inner is module and _dimensions(inner, "bias") == 1:
+    if _dimensions(inner, "bias") == 1:
         yield whole_weight(name, "bias", "vector", _shape(inner, "bias"), module=path)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module multiplies by one matrix: `nn.Linear`, Conv1D, or a registered class."""
+    """Whether it multiplies by one matrix: `nn.Linear`, Conv1D, packed, or of a registered class.
+
+    Packed are the layers of GPTQ, AWQ and HQQ: codes in place of the weight, and both sizes.
+    """
     return (
-        isinstance(module, (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear))
+        isinstance(module, nn.Linear)
         or _is_conv1d(module)
+        or _is_packed(module)
         or isinstance(module, tuple(_linear_classes))
     )
 
@@ -176,6 +189,11 @@ def _is_conv1d(module: nn.Module) -> bool:
         cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
         for cls in type(module).__mro__
     )
+
+
+def _is_packed(module: nn.Module) -> bool:
+    held = module._parameters.keys() | module._buffers.keys()
+    return bool(held & CODES) and _linear_shape(module) is not None
 
 
 def _dimensions(module: nn.Module, name: str) -> int:

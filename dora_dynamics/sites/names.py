@@ -1,6 +1,6 @@
 """What a path says: layer, stack and role of a weight, from the names that models use.
 
-The tables are the only place that knows names. A name that none of them holds keeps its own:
+The tables are the only place that knows names. What none of them holds has its path for a role:
 nothing is guessed.
 """
 
@@ -68,11 +68,14 @@ ROLES: Final[dict[str, tuple[str, ...]]] = {
         "embed_positions",
         "position_embedding",
     ),
+    "lm_head": ("lm_head",),
     "in_proj": ("mixer.in_proj",),
+    "x_proj": ("mixer.x_proj",),
+    "dt_proj": ("mixer.dt_proj",),
     "out_proj": ("mixer.out_proj",),
 }
 """The names modules of each role go by: the last components of their paths, the longest match
-first. The last two rows keep a state-space mixer's projections apart from attention's."""
+first. The last four rows keep a state-space mixer's projections apart from attention's."""
 
 _EXPERT_ROLES: Final = {"w1": "gate", "w2": "down", "w3": "up"}
 """Names that mean something only below `experts.N`, as in Mixtral's files."""
@@ -132,7 +135,7 @@ def stack_of(name: str) -> str:
 
 
 def role_of(name: str) -> str:
-    """The role a path tells; its last component where the tables have none.
+    """The role a path tells; where the tables have none, the path itself, "*" for its numbers.
 
     "cross_" stands before the role in cross-attention, "expert_" and "shared_" in a
     mixture of experts.
@@ -140,7 +143,7 @@ def role_of(name: str) -> str:
     parts = name.split(".")
     role = _known_role(parts)
     if role is None:
-        return parts[-1]
+        return ".".join("*" if part.isdecimal() else part for part in parts)
     if _CROSS_ATTENTION.intersection(parts):
         return f"cross_{role}"
     if "experts" in parts:

@@ -32,7 +32,8 @@ class Site:
             `[query]` for a part of a fused weight.
         layer: number of its layer within its stack, None where the path has no number.
         stack: "encoder", "decoder", "vision", … as the path says; "" where it says nothing.
-        role: what the weight does ("query", "value", …); the module's own name where unknown.
+        role: what the weight does ("query", "value", …); where unknown the path, "*" for its
+            numbers ("decoder.layers.*.mixing").
         stored_transposed: True where the module stores (in, out), as GPT-2's Conv1D does, and
             False where it stores (out, in), as `nn.Linear` does.
         kind: "matrix", "embedding", "filters" or "vector", as above.

@@ -1,7 +1,7 @@
 """Every PEFT method in the variants that are tested, and what is expected of each.
 
-`CASES` is keyed by the value of `peft.PeftType`. A method that is in PEFT's registry and not here
-fails `test_peft_tuners.py`, which says to add it.
+`CASES` is keyed by the value of `peft.PeftType`. `all_cases` follows PEFT's own registry: a method
+that is there and not here is tested with the settings that it comes with.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -129,7 +130,8 @@ class Case:
     Attributes:
         name: what is special about it.
         config: makes its PEFT configuration.
-        how: "direct", "merge on a copy" or "probed"; "" where the method is refused.
+        how: "direct", "merge on a copy" or "probed"; "" where the method is refused, or where
+            nothing is expected of it yet.
         model: class of the model it is put on.
         followed: ends of the paths of the followed modules.
         targets: the argument that selects the modules; None leaves it out.
@@ -155,8 +157,8 @@ class Case:
         options = dict(self.options)
         if self.targets is not None:
             options.setdefault("target_modules", list(self.targets))
-        if self.config is _no_configuration:
-            return mixture(model)
+        if self.config in (mixture, arrow, qalora):
+            return self.config(model)
         if options.get("init_lora_weights") in ("corda", "lora_ga"):
             return _prepared(self, model, options)
         return peft.get_peft_model(model, self.config(**options))
@@ -196,10 +198,6 @@ def _prompts(kind: str, refused: str = "trains prompts", **options: Any) -> Case
     return _case(kind, "plain", "", model=Llama, targets=None, refused=refused, **options)
 
 
-def _no_configuration(**_: Any) -> Any:
-    raise NotImplementedError
-
-
 def mixture(model: nn.Module) -> Any:
     """X-LoRA: two saved LoRA adapters, mixed by a classifier."""
     with TemporaryDirectory() as folder:
@@ -209,6 +207,77 @@ def mixture(model: nn.Module) -> Any:
         adapters = {name: f"{folder}/{name}" for name in ("one", "two")}
         config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters=adapters)
         return peft.get_peft_model(model, config)
+
+
+def arrow(model: Any) -> Any:
+    """Arrow: saved LoRA adapters, of which a router picks some for every token."""
+    with TemporaryDirectory() as folder:
+        paths = [f"{folder}/{name}" for name in ("one", "two")]
+        for path in paths:
+            adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            peft.get_peft_model(copy.deepcopy(model), adapter).save_pretrained(path)
+        return lora.create_arrow_model(model, paths, lora.ArrowConfig(top_k=1))
+
+
+def qalora(model: Any) -> Any:
+    """QALoRA: PEFT puts it on the layers of GPTQ only, which need a GPU; here on one like them."""
+    config = peft.LoraConfig(use_qalora=True, qalora_group_size=4, init_lora_weights=False)
+    model.query = GPTQLoraLinear(model.query, "default", config, r=2, lora_alpha=3)
+    return model
+
+
+class PackedLinear(nn.Module):
+    """As GPTQ's layers: `qweight` is packed, and the layer itself unpacks it, (in, out)."""
+
+    qweight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        weight = layer.weight.detach().T
+        scale = weight.abs().amax(0, keepdim=True) / 127
+        self.register_buffer("qweight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = layer.bias
+
+    def dequantize_weight(self) -> torch.Tensor:
+        weight: torch.Tensor = self.qweight * self.scale
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x @ self.dequantize_weight() + self.bias
+        return y
+
+
+class Packed(nn.Module):
+    """One layer whose weight is packed, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query: Any = PackedLinear(nn.Linear(16, 24)).requires_grad_(False)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(torch.tanh(self.query(x)))
+        return y
+
+
+def all_cases() -> list[tuple[Any, Case]]:
+    """Every method of PEFT's own registry with each of its cases."""
+    return [
+        (kind, case)
+        for kind in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+        for case in CASES.get(kind.value) or [_as_it_comes(kind.value)]
+    ]
+
+
+def _as_it_comes(kind: str) -> Case:
+    """A method that a newer PEFT brought: all that is known is its configuration class."""
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+    if issubclass(config, peft.PromptLearningConfig):
+        return _prompts(kind)
+    return _case(kind, "as it comes", "")
 
 
 CASES: dict[str, list[Case]] = {
@@ -240,6 +309,7 @@ CASES: dict[str, list[Case]] = {
         _lora("monteclora", monteclora_config=lora.MontecloraConfig(), how="merge on a copy"),
         _lora("bdlora", use_bdlora=lora.BdLoraConfig(target_modules_bd_b=["query", "value"],
               target_modules_bd_a=["down"], nblocks=2), how="merge on a copy"),
+        Case("arrow", arrow, "", model=Llama, followed=("q_proj",), refused="Arrow"),
         _lora("alora", alora_invocation_tokens=[1], how="", refused="aLoRA"),
         _lora("embedding", model=Tokens, followed=("embed_tokens", "query"),
               targets=("embed_tokens", "query")),
@@ -318,6 +388,9 @@ CASES: dict[str, list[Case]] = {
     "UNILORA": [_case("UNILORA", "plain", r=4, theta_d_length=32)],
     "VBLORA": [_case("VBLORA", "plain", r=4, num_vectors=8, vector_length=8)],
     "VERA": [_case("VERA", "plain", r=4)],
-    "XLORA": [Case("plain", _no_configuration, "", model=Llama, refused="X-LoRA")],
+    "XLORA": [Case("plain", mixture, "", model=Llama, refused="X-LoRA")],
     "WAVEFT": [_case("WAVEFT", "plain", n_frequency=20)],
 }  # fmt: skip
+
+QALORA = Case("qalora on a quantised base", qalora, "probed", Packed, followed=("query",))
+"""Not built by PEFT on a CPU, and so not among the others; see `test_quantized.py`."""

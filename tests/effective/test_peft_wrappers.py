@@ -148,6 +148,86 @@ class TestMultiheadAttention:
             change = dd.weight_change(before[part].double(), merged[part])
             assert rows.loc[role, "update_norm"] == pytest.approx(change.update_norm, rel=1e-4)
 
+    @pytest.mark.parametrize("made", ["after the adapter", "before it"])
+    def test_out_proj(self, made: str) -> None:
+        """What the whole layer puts out is what plain attention does with the weights read."""
+        torch.manual_seed(0)
+        plain = Attention()
+        targets = ["query", "key", "value", "output"]
+        config = peft.LoraConfig(r=2, target_modules=["attn"])
+        before = plain.attn.out_proj.weight.detach().double()
+        if made == "before it":
+            recorder = dd.Recorder(plain, targets, every=1)
+            model: Any = peft.get_peft_model(plain, config)
+        else:
+            model = peft.get_peft_model(plain, config)
+            recorder = dd.Recorder(model, targets, every=1)
+        run(model, recorder, torch.randn(2, 4, 8))
+        layer = model.base_model.model.attn.eval()
+        weights = {name: where.dense() for name, where in recorder._followed.items()}
+        assert set(weights) == {"attn.in_proj_weight", "attn.out_proj"}
+        reference: Any = nn.MultiheadAttention(8, 2, batch_first=True).double()
+        with torch.no_grad():
+            reference.in_proj_weight.copy_(weights["attn.in_proj_weight"])
+            reference.out_proj.weight.copy_(weights["attn.out_proj"])
+            reference.in_proj_bias.copy_(layer.in_proj_bias)
+            reference.out_proj.bias.copy_(layer.out_proj.bias)
+        x = torch.randn(2, 4, 8)
+        expected = reference(x.double(), x.double(), x.double())[0].detach()
+        torch.testing.assert_close(layer(x, x, x)[0].double(), expected, rtol=0, atol=1e-6)
+        rows: Any = recorder.trajectory.query("step == 3").set_index("site")
+        change = dd.weight_change(before, weights["attn.out_proj"])
+        assert rows.loc["attn.out_proj", "update_norm"] == pytest.approx(change.update_norm)
+        assert change.update_norm > 0
+        assert rows["total_decay"].tolist() == [0.0] * 4  # what is frozen does not decay
+
+    def test_out_proj_of_a_saved_copy(self) -> None:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["up"], modules_to_save=["attn"])
+        model: Any = peft.get_peft_model(Attention(), config)
+        recorder = dd.Recorder(model, ["query", "output"], every=1)
+        run(model, recorder, torch.randn(2, 4, 8))
+        wrapper = model.base_model.model.attn
+        before = wrapper.original_module.out_proj.weight.detach()
+        change = dd.weight_change(
+            before, wrapper.modules_to_save["default"].out_proj.weight.detach()
+        )
+        rows: Any = recorder.trajectory.query("step == 3").set_index("site")
+        assert rows.loc["attn.out_proj", "update_norm"] == change.update_norm > 0
+        assert recorder.method == "FT"
+
+    def test_an_adapter_that_is_never_called_is_refused(self) -> None:
+        model = peft.get_peft_model(Attention(), peft.LoraConfig(r=2, target_modules=["out_proj"]))
+        with pytest.raises(NoDenseWeightError, match="attention never calls its output projection"):
+            dd.Recorder(model, ["output"])
+
+
+class TestBiases:
+    """A bias below an adapter can be followed, whether it trains there or gets something added."""
+
+    def test_of_the_base_layer(self) -> None:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["query"], bias="all")
+        model: Any = peft.get_peft_model(Tagger(), config)
+        recorder = dd.Recorder(model, ["query_bias"], every=1, method="LoRA")
+        bias = model.base_model.model.query.base_layer.bias
+        before = bias.detach().clone()
+        run(model, recorder, torch.arange(8).reshape(2, 4))
+        row: Any = recorder.trajectory.query("step == 3").iloc[0]
+        assert row["site"] == "query.bias"
+        assert row["update_norm"] == pytest.approx((bias - before).norm().item(), rel=1e-5)
+        assert row["update_norm"] > 0
+
+    def test_added_by_the_adapter(self) -> None:
+        torch.manual_seed(0)
+        model: Any = peft.get_peft_model(Tagger(), peft.BeftConfig(target_modules=["query"]))
+        recorder = dd.Recorder(model, ["query_bias"], every=1)
+        run(model, recorder, torch.arange(8).reshape(2, 4))
+        added = model.base_model.model.query.beft_bias["default"].detach()
+        row: Any = recorder.trajectory.query("step == 3").iloc[0]
+        assert row["update_norm"] == pytest.approx(added.norm().item(), rel=1e-5)
+        assert row["update_norm"] > 0
+
 
 class TestCopies:
     """`modules_to_save` and trainable tokens: what trains is a copy beside the original."""

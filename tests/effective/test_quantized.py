@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from dora_dynamics.effective import (
     is_quantized,
     quantized,
 )
+from dora_dynamics.effective.peft_layers import how_read
+from dora_dynamics.sites import models
+from tests.effective.peft_cases import QALORA, PackedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,10 +35,11 @@ IS_QUANTISED = r"the base weights are quantised"
 
 @pytest.fixture(autouse=True)
 def forget_registrations() -> Iterator[None]:
-    before = dict(quantized._dequantizers)
+    before, classes = dict(quantized._dequantizers), list(models._linear_classes)
     yield
     quantized._dequantizers.clear()
     quantized._dequantizers.update(before)
+    models._linear_classes[:] = classes
 
 
 class Int8Linear(nn.Linear):
@@ -55,29 +60,6 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.codes * self.scale, self.bias)
-
-
-class PackedLinear(nn.Module):
-    """As GPTQ's layers: `qweight` is packed, and the layer itself unpacks it, (in, out)."""
-
-    qweight: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        plain = Int8Linear(layer)
-        self.register_buffer("qweight", plain.codes.T.contiguous())
-        self.register_buffer("scale", plain.scale.T.contiguous())
-        self.bias = layer.bias
-
-    def dequantize_weight(self) -> torch.Tensor:
-        weight: torch.Tensor = self.qweight * self.scale
-        return weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = x @ self.dequantize_weight() + self.bias
-        return y
 
 
 class Net(nn.Module):
@@ -130,8 +112,10 @@ def run(model: nn.Module, recorder: dd.Recorder) -> None:
 def test_registered_and_self_unpacking_layers() -> None:
     plain, quant = nets()
     packed = PackedLinear(plain.query)
-    expected = quant.query.codes * quant.query.scale
-    for layer in (quant.query, packed):
+    for layer, expected in (
+        (quant.query, quant.query.codes * quant.query.scale),
+        (packed, (packed.qweight * packed.scale).T),
+    ):
         assert is_quantized(layer)
         assert torch.equal(dequantized(layer), expected)
         assert torch.equal(dense_weight(layer), expected)
@@ -196,6 +180,85 @@ def test_the_16_bit_reference_tells_how_large_the_error_is(tmp_path: Path) -> No
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert f"is {(error / update).item():.2g} times the update" in info["baseline"]
     assert "captured from the Net" in info["baseline"]
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type .*PackedLinear")
+def test_qalora() -> None:
+    """A of QALoRA sees the sums of groups of four inputs, each times 16 / 4² (PEFT's scaling)."""
+
+    def train(model: Any) -> None:
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        with recorder.attach(optimizer) if recorder._model is model else contextlib.nullcontext():
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(4, 3, 16)).square().mean().backward()
+                optimizer.step()
+
+    model, other = (QALORA.adapt(QALORA.build()) for _ in range(2))
+    with pytest.warns(UserWarning, match=IS_QUANTISED):
+        recorder = dd.Recorder(model, ["query"], every=1)
+    train(model)
+    train(other)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    layer = model.query
+    A, B = (getattr(layer, f"lora_{which}")["default"].weight.double() for which in "AB")
+    base = layer.base_layer.dequantize_weight().T.double()
+    expected = base + layer.scaling["default"] * (B @ A).repeat_interleave(4, dim=1) * (16 / 4) / 4
+    torch.testing.assert_close(dense_weight(layer), expected.detach(), rtol=0, atol=1e-6)
+    assert how_read(layer) == QALORA.how
+    change = dd.weight_change(base, expected.detach())
+    row: Any = recorder.trajectory.query("step == 3").iloc[0]
+    assert row["update_norm"] == pytest.approx(change.update_norm, rel=1e-6)
+
+
+def same_as_applied(layer: nn.Module, weight: torch.Tensor, tolerance: float) -> None:
+    """The layer's outputs on random inputs against those of a weight, on the inputs themselves."""
+    x = torch.randn(16, weight.shape[1])
+    with torch.no_grad():
+        applied = layer(x) - layer(torch.zeros_like(x))
+    expected = x @ weight.T.float()
+    assert (applied - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_bitsandbytes(kind: str, mode: str) -> None:
+    """In eval mode a 4-bit layer on a CPU repacks its codes when it is called."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model: Any = nn.Sequential()
+    plain = nn.Linear(64, 128)
+    weight = plain.weight.detach().clone()
+    if kind == "Linear4bit":
+        layer = bnb.nn.Linear4bit(64, 128, quant_type="nf4", compute_dtype=torch.float32)
+        layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+        model.is_loaded_in_4bit = True
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False, threshold=0.0)
+        layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False)
+        model.is_loaded_in_8bit = True
+    layer.bias = plain.bias
+    model.add_module("query", layer.to("cpu"))
+    fresh = dequantized(layer)
+    error = (fresh - weight).norm() / weight.norm()
+    assert 0 < error < (0.2 if kind == "Linear4bit" else 0.02)
+    with torch.no_grad():
+        getattr(model, mode)()(torch.randn(3, 64))
+    held = layer.weight
+    torch.testing.assert_close(dequantized(layer), fresh, rtol=0, atol=2e-3)
+    assert layer.weight is held
+    same_as_applied(layer, dequantized(layer), 0.02)
+    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    adapted: Any = getattr(peft.get_peft_model(model, config), mode)()
+    same_as_applied(
+        adapted.base_model.model.query, dense_weight(adapted.base_model.model.query), 0.02
+    )
+    with pytest.warns(UserWarning, match=rf"quantised \({kind} of .*; baseline="):
+        dd.Recorder(adapted, ["query"]).record()
+    assert layer.weight is held
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")

@@ -91,10 +91,18 @@ class TestTargets:
         with pytest.raises(ValueError, match="granularity"):
             dd.Recorder(tiny_transformer(), ["query"], granularity=bad)
 
-    def test_unknown_names_keep_their_own(self) -> None:
+    def test_unknown_names_have_their_path_for_a_role(self) -> None:
+        """Two layers that share a last name are not taken for one kind of weight."""
         model = nn.ModuleDict({"frobnicate": nn.Linear(3, 2)})
         (site,) = find_sites(model, ["frobnicate"], "matrix")
         assert (site.role, site.layer, site.stack) == ("frobnicate", None, "")
+        parts = [nn.ModuleDict({"mixing": nn.Linear(3, 2), "norm": nn.LayerNorm(2)}) for _ in "ab"]
+        model = nn.ModuleDict({"layers": nn.ModuleList(parts), "mixing": nn.Linear(3, 2)})
+        found = find_sites(model, ["mixing", "norm"], "matrix")
+        assert [(site.role, site.layer) for site in found] == [
+            ("layers.*.mixing", 0), ("norm", 0), ("layers.*.mixing", 1), ("norm", 1),
+            ("mixing", None),
+        ]  # fmt: skip
         assert role_of("blocks.3.mixer.in_proj") == "in_proj"
 
     def test_layer_is_the_number_after_a_layer_container(self) -> None:
@@ -233,7 +241,7 @@ class TestFiles:
         assert kind("model.embed_tokens.weight", 32, 8) == "embedding embedding"
         assert kind("model.norm.weight", 8) == "vector norm"
         assert kind("model.layers.0.self_attn.q_proj.bias", 8) == "vector query_bias"
-        assert kind("vision.patch_embedding.weight", 8, 3, 4, 4) == "filters patch_embedding"
+        assert kind("vision.patch_embedding.weight", 8, 3, 4, 4) == "filters vision.patch_embedding"
         assert kind("layers.0.block_sparse_moe.experts.1.w1.weight", 8, 8) == "matrix expert_gate"
         assert kind("rotary.inv_freq", 8) == ""
         assert kind("logit_scale") == ""
