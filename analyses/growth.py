@@ -4,11 +4,12 @@ How the time of measuring grows: with parameters, with sites, with rank, with re
 
 `parameters`: 16 square weights, 1M to 6.7B parameters together on a GPU (bf16), to 268M on a CPU
 (fp32), until every ΔM and ΔD is known. `sites`: weights of 256 × 256, 1 to 1024 of them. `rank`:
-low-rank changes of four weights of 4096 × 4096 (on a CPU of one), ranks whose tiles the GPU's
-kernel fills. `steps`: a recorder's time for so many recorded steps of full fine-tuning, its rows in
-memory and on disk; the weights change between steps. Medians over turns in which every size runs
-once. The line is the least-squares fit of time on size; R² is its, and the exponent that of a power
-law through the points from a tenth of the largest size on, where fixed costs no longer count.
+the sums of low-rank changes of 64 weights of 4096 × 4096 (on a CPU of one), ranks whose tiles the
+GPU's kernel fills. `steps`: a recorder's time for so many recorded steps of full fine-tuning, its
+rows in memory and on disk; the weights change between steps. Medians over turns in which every
+size runs once. The line is the least-squares fit of time on size; R² is its, and the exponent that
+of a power law through the points from a tenth of the largest size on, where fixed costs no longer
+count.
 
 Writes analyses/results/growth_<machine>.csv, and figures/growth.{png,svg} from the tables of all
 machines found there; `--redraw` only draws.
@@ -21,7 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pandas as pd
@@ -32,8 +33,8 @@ from torch import nn
 import dora_dynamics as dd
 from analyses import _tables
 from analyses._performance import SEED, by_wall
+from dora_dynamics._kernels import LowRankUpdate, low_rank_sums_of_all
 from dora_dynamics.effective import Dense
-from dora_dynamics.effective.weights import LowRank
 from dora_dynamics.measurement import measure_all
 from dora_dynamics.plotting import save
 from dora_dynamics.sites import find_sites
@@ -94,7 +95,7 @@ def sizes(device: str, quick: bool) -> Sizes:
         sites=(1, 4, 16, 64, 256, 512, 1024),
         ranks=(16, 32, 64, 128),
         width=4096,
-        low_rank_sites=4,
+        low_rank_sites=64,
         steps=(10, 25, 50, 100, 150, 200),
         dtype=torch.bfloat16,
     )
@@ -147,16 +148,15 @@ def with_sites(chosen: Sizes, device: str, rounds: int) -> dict[int, list[float]
 
 def with_rank(chosen: Sizes, device: str, rounds: int) -> dict[int, list[float]]:
     """Seconds by the rank of low-rank changes."""
-    sites = sites_of(chosen.low_rank_sites)
-    bases = [pair(chosen.width, device, chosen.dtype)[0] for _ in sites]
+    count = chosen.low_rank_sites
+    bases = [pair(chosen.width, device, chosen.dtype)[0] for _ in range(count)]
     generator = torch.Generator(device).manual_seed(SEED + 1)
     works: dict[int, Callable[[], object]] = {}
     for rank in chosen.ranks:
         A = torch.randn(rank, chosen.width, generator=generator, device=device) / rank**0.5
         B = torch.randn(chosen.width, rank, generator=generator, device=device) * 2e-4
-        update = LowRank(A, B, 1.0)
-        weights: Any = [(site, base, update) for site, base in zip(sites, bases, strict=True)]
-        works[rank] = partial(measure_all, weights, "output")
+        updates = [LowRankUpdate(base, A, B, 1.0) for base in bases]
+        works[rank] = partial(low_rank_sums_of_all, updates)
     return seconds(works, rounds)
 
 
