@@ -28,6 +28,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 ESTIMATES: Final = ("pearson", "spearman", "slope")
 _CHUNK: Final = 2**21  # elements per temporary array: 16 MiB
+_LARGEST_SLOPE: Final = 1e150  # of which a variance can be taken
 _CELL_AXES: Final[dict[PanelLevel, tuple[int, ...]]] = {
     "pooled": (0, 1, 2, 3),
     "within_step": (1, 2),
@@ -92,7 +93,8 @@ class Panel:
             run_weights: Shape (resamples, runs).
 
         Returns:
-            Pearson, Spearman and slope, shape (resamples, 3); NaN where no cell is left.
+            Pearson, Spearman and slope, shape (resamples, 3); NaN where no cell is left, and for a
+            slope beyond 1e150.
         """
         rows = max(1, _CHUNK // max(1, self._cells(self.present).shape[-1]))
         chunks = [
@@ -159,6 +161,7 @@ class Panel:
         with np.errstate(over="ignore"):
             ratios = np.where(over > 0, sums / np.where(over > 0, over, 1.0), np.nan)
             ratios[2] = np.ldexp(ratios[2], exponent_of(self.y) - exponent_of(self.x))
+        ratios[2, np.abs(ratios[2]) > _LARGEST_SLOPE] = np.nan
         return np.clip(ratios, [[-1.0], [-1.0], [-np.inf]], [[1.0], [1.0], [np.inf]]).T
 
     def _each_cell(self) -> Iterator[tuple[int, Cell]]:

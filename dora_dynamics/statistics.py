@@ -261,7 +261,10 @@ def _require(trajectory: pd.DataFrame, columns: Iterable[str]) -> None:
 
 
 def _numbers(frame: pd.DataFrame, column: str) -> FloatArray:
-    return frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
+    try:
+        return frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"column {column!r} must hold numbers: {error}.") from error
 
 
 def _codes(frame: pd.DataFrame, columns: Sequence[str]) -> IntArray:
@@ -346,7 +349,8 @@ def _why_partly(
     reasons = []
     if np.isnan(estimates).any():
         names = [name for name, value in zip(ESTIMATES, estimates, strict=True) if np.isnan(value)]
-        reasons.append(f"no finite values of the {' and '.join(names)} inside matrices")
+        where = "inside matrices" if level == "units" else "below 1e150"
+        reasons.append(f"no finite values of the {' and '.join(names)} {where}")
     if points.layers < MINIMUM_LAYERS:
         reasons.append(
             f"an interval needs at least {MINIMUM_LAYERS} layers (there are {points.layers})"

@@ -14,6 +14,7 @@ from torch import nn
 
 import dora_dynamics as dd
 from dora_dynamics.cli import COMMANDS, main
+from dora_dynamics.commands.printing import records
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +110,37 @@ def test_a_folder_that_cannot_be_written_is_exit_code_1(runs: list[str], tmp_pat
     assert result.output.startswith("Error: ")
 
 
-def test_nothing_to_draw_is_said(runs: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("lines", [1, 6], ids=["no row", "step 0 only"])
+@pytest.mark.parametrize("command", ["coupling", "plot"])
+def test_nothing_but_step_0_is_said(
+    runs: list[str], tmp_path: Path, command: str, lines: int
+) -> None:
     run = Path(runs[0])
     only_start = tmp_path / "run"
     only_start.mkdir()
     (only_start / "run.json").write_bytes((run / "run.json").read_bytes())
-    lines = (run / "trajectory.csv").read_text().splitlines(keepends=True)
-    (only_start / "trajectory.csv").write_text("".join(lines[:6]))
-    result = call("plot", str(only_start), "--out", str(tmp_path / "figure.png"))
+    rows = (run / "trajectory.csv").read_text().splitlines(keepends=True)
+    (only_start / "trajectory.csv").write_text("".join(rows[:lines]))
+    result = call(command, str(only_start))
     assert result.exit_code == 2
-    assert "step 0" in result.output
+    assert result.output.startswith("Error: the runs hold no row beyond step 0, so there is noth")
+    assert result.output.count("\n") == 1
+
+
+def test_what_is_undefined_is_a_dash_with_its_reason(runs: list[str]) -> None:
+    output = call("coupling", runs[0], "--by", "layer").output
+    assert "nan" not in output
+    assert "– [–, –]" in output
+    assert "note: fewer than 3 points at any step of a run" in output
+
+
+def test_json_keeps_every_digit() -> None:
+    values = [1.2345678901234567e-17, -0.1, float("nan"), float("inf"), 1e300]
+    table = pd.DataFrame({"x": values, "n": range(5), "layer": pd.array([1, None] * 2 + [3])})
+    found = json.loads(json.dumps(records(table), allow_nan=False))
+    assert [row["x"] for row in found] == [values[0], -0.1, None, None, 1e300]
+    assert [row["layer"] for row in found] == [1, None, 1, None, 3]
+    assert [row["n"] for row in found] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

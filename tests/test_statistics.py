@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 import dora_dynamics.statistics
+from dora_dynamics.errors import InputError
 from dora_dynamics.statistics import Level, coupling, select_checkpoints
 
 if TYPE_CHECKING:
@@ -385,6 +386,21 @@ def test_values_of_any_size_give_the_same_correlation() -> None:
         assert a[name] == pytest.approx(b[name], rel=1e-9)
 
 
+@pytest.mark.parametrize("interval", ["bootstrap", "jackknife"])
+@pytest.mark.parametrize("level", CELLS)
+def test_a_slope_beyond_floating_point_has_a_reason(level: Level, interval: str) -> None:
+    trajectory = simulated()
+    steep = trajectory.assign(
+        delta_direction=trajectory["delta_direction"] * 1e-200,
+        delta_magnitude=trajectory["delta_magnitude"] * 1e200,
+    )
+    a, b = (one(table, level, interval=interval) for table in (trajectory, steep))
+    for name in ("pearson", "pearson_low", "spearman_high", "p_value"):
+        assert a[name] == pytest.approx(b[name], rel=1e-9)
+    assert b[["slope", "slope_low", "slope_high"]].isna().all()
+    assert "no finite values of the slope below 1e150" in b["reason"]
+
+
 def test_a_perfect_line_has_an_interval_of_no_width() -> None:
     trajectory = simulated()
     found = one(trajectory.assign(delta_magnitude=2 * trajectory["delta_direction"]))
@@ -498,6 +514,10 @@ def test_wrong_input_is_named_in_one_sentence() -> None:
         coupling(trajectory, by=())
     with pytest.raises(ValueError, match="resamples must be at least 1"):
         coupling(trajectory, resamples=0)
+    with pytest.raises(InputError, match="column 'delta_direction' must hold numbers: could not"):
+        coupling(trajectory.assign(delta_direction="small"))
+    with pytest.raises(InputError, match="column 'step' must hold numbers"):
+        select_checkpoints(trajectory.assign(step="last"))
 
 
 def chosen_steps(steps: list[int], **options: object) -> list[int]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dora_dynamics.errors import InputError
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -50,6 +52,8 @@ def coupling(
         raise click.UsageError(
             f"--by names columns of the table ({', '.join(table.columns[:8])}), not {by!r}."
         )
+    if not (table["step"] > 0).any():
+        raise InputError("the runs hold no row beyond step 0, so there is nothing to correlate.")
     if checkpoints != "all":
         table = select_checkpoints(table, count=4, kind=checkpoints)  # type: ignore[arg-type]
     chosen: tuple[Level, ...] = levels or _LEVELS
@@ -62,14 +66,14 @@ def coupling(
 
 
 def _readable(found: pd.DataFrame, by: list[str]) -> str:
-    from dora_dynamics.commands.printing import interval
+    from dora_dynamics.commands.printing import interval, number
 
     shown: pd.DataFrame = found[[*by, "level"]].copy()
     for name, title in (("pearson", "r"), ("spearman", "ρ")):
         bounds = zip(found[name], found[f"{name}_low"], found[f"{name}_high"], strict=True)
         shown[title] = [interval(*values) for values in bounds]
-    shown["slope"] = found["slope"].map("{:+.3g}".format)
-    shown["n"], shown["p"] = found["n"], found["p_value"].map("{:.3g}".format)
+    shown["slope"] = [number(value, "+.3g") for value in found["slope"]]
+    shown["n"], shown["p"] = found["n"], [number(value, ".3g") for value in found["p_value"]]
     reasons = [reason for reason in dict.fromkeys(found["reason"]) if reason]
     notes = "".join(f"\nnote: {reason}" for reason in reasons)
     return shown.to_string(index=False) + notes

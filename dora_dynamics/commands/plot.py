@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from dora_dynamics.errors import InputError
+
 _KINDS = {
     "magnitude_direction": "ΔM against ΔD, the paper's Figure 2",
     "delta_magnitude": "ΔM over training",
@@ -47,7 +49,7 @@ def plot(paths: tuple[str, ...], kind: str, signed: bool, style: str, out: Path)
     table = load_runs(paths)
     late = select_checkpoints(table, count=4, kind="late")
     if late.empty:
-        raise click.UsageError("the runs hold no row beyond step 0, so there is nothing to draw.")
+        raise InputError("the runs hold no row beyond step 0, so there is nothing to draw.")
     options = {"style": style}
     if kind == "magnitude_direction":
         figure = plotting.magnitude_direction(late, signed=signed, **options)  # type: ignore[arg-type]

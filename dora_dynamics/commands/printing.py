@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,9 +13,18 @@ if TYPE_CHECKING:
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as JSON objects; what is missing or NaN is null."""
-    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
-    return rows
+    """The rows of a table as JSON objects, every digit kept; what is missing or NaN is null."""
+    rows: list[dict[str, Any]] = table.astype(object).to_dict("records")  # type: ignore[assignment]
+    return [{name: _plain(value) for name, value in row.items()} for row in rows]
+
+
+def _plain(value: Any) -> Any:
+    """A cell as a JSON value: infinite numbers, which JSON has no word for, are null too."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def print_json(content: Any) -> None:
@@ -24,4 +34,9 @@ def print_json(content: Any) -> None:
 
 def interval(value: float, low: float, high: float) -> str:
     """An estimate with its interval: "+0.96 [+0.93, +0.98]"."""
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def number(value: float, form: str = "+.2f") -> str:
+    """A number in this form, "–" where it is NaN."""
+    return "–" if math.isnan(value) else format(value, form)
