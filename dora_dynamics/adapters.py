@@ -231,9 +231,16 @@ def merge(model: nn.Module) -> nn.Module:
         `model` itself, changed in place.
 
     Raises:
-        InputError: the model carries no adapter of this package.
+        InputError: the model carries no adapter of this package, or one that shares its weight
+            with another parametrization; nothing is merged then.
     """
     adapted = [module for module in model.modules() if adapter_of(module) is not None]
+    alone = {id(adapter_of(module)) for module in adapted}
+    if any(isinstance(module, LoRA) and id(module) not in alone for module in model.modules()):
+        raise InputError(
+            "a weight carries another parametrization beside its LoRA or DoRA: remove that first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)."
+        )
     if not adapted:
         raise InputError("the model carries no LoRA or DoRA of dora_dynamics to merge.")
     for module in adapted:

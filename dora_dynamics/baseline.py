@@ -141,16 +141,16 @@ class Baselines:
         """Take W_0 from `source`, or from the model as it is, and keep it at `place`.
 
         Raises:
-            ValueError: there is no such place, or `source` is no file and W_0 is to stay in it.
+            InputError: there is no such place, or `source` is no file and W_0 is to stay in it.
             BaselineError: the source lacks a weight or holds one of another shape, or the model's
                 own base weights are not W_0.
             CheckpointError: the checkpoint cannot be read.
             NoDenseWeightError: a followed module has no dense weight.
         """
         if place not in get_args(Place):
-            raise ValueError(f"baseline_place must be 'device', 'host' or 'file', not {place!r}.")
+            raise InputError(f"baseline_place must be 'device', 'host' or 'file', not {place!r}.")
         if place == "file" and not isinstance(source, (str, os.PathLike)):
-            raise ValueError(
+            raise InputError(
                 "baseline_place='file' leaves W_0 in its checkpoint: say with baseline= which."
             )
         refuse_model(model)

@@ -152,8 +152,8 @@ def weight_change(before: Tensor, after: Tensor, axis: Axis = "output") -> Weigh
 
     Raises:
         TypeError: a weight is not a floating-point tensor, or the dtypes differ.
-        InputError: the shapes or devices differ, a weight is not a non-empty matrix, or the axis
-            is unknown.
+        InputError: the shapes or devices differ, a weight is not a dense, non-empty matrix, or
+            the axis is unknown.
     """
     rows_before = _units_first(before, axis, "before")
     rows_after = _units_first(after, axis, "after")
@@ -351,6 +351,9 @@ def _units_first(weight: object, axis: Axis, name: str) -> Tensor:
         raise TypeError(
             f"{name} must be a floating-point tensor, not {weight.dtype}; dequantise it first."
         )
+    if weight.layout != torch.strided or weight.is_meta:
+        stored = "on the meta device" if weight.is_meta else f"stored as {weight.layout}"
+        raise InputError(f"{name} is {stored}: give a dense tensor that holds its values.")
     if weight.ndim != 2:
         raise InputError(
             f"{name} must be a matrix of shape (out, in), not of shape {tuple(weight.shape)}; "
@@ -358,4 +361,5 @@ def _units_first(weight: object, axis: Axis, name: str) -> Tensor:
         )
     if weight.numel() == 0:
         raise InputError(f"{name} is empty: its shape is {tuple(weight.shape)}.")
+    weight = weight.resolve_neg()
     return weight if axis == "output" else weight.T

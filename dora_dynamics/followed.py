@@ -91,7 +91,7 @@ def common_method(followed: Mapping[str, Followed]) -> str:
     """The method that trains all of these tensors, but for frozen ones that carry no adapter.
 
     Raises:
-        ValueError: they are trained by several methods, or by one that has no known name.
+        InputError: they are trained by several methods, or by one that has no known name.
     """
     found = {tensor.method() for tensor in followed.values() if not tensor.is_left_alone()}
     (method,) = found if len(found) == 1 else ("FT",) if not found else (None,)

@@ -11,6 +11,8 @@ from typing import Final, Literal
 import numpy as np
 import pandas as pd
 
+from dora_dynamics.errors import InputError
+
 _FILE: Final = "paper_figures_2_and_5.csv"
 _STEPS: Final = {"inter step 1": 1, "inter step 2": 2, "inter step 3": 3, "final step": 4}
 
@@ -44,7 +46,7 @@ def published_points(labels: Literal["printed", "reordered"] = "printed") -> pd.
         delta_magnitude, delta_direction. Ordered by role, method, step, stack and layer.
     """
     if labels not in ("printed", "reordered"):
-        raise ValueError(f"labels {labels!r} is unknown; choose 'printed' or 'reordered'.")
+        raise InputError(f"labels {labels!r} is unknown; choose 'printed' or 'reordered'.")
     with resources.files("dora_dynamics").joinpath("data", _FILE).open(encoding="utf-8") as lines:
         printed = pd.read_csv(lines)
     points = pd.DataFrame(

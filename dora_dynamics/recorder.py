@@ -17,6 +17,7 @@ from dora_dynamics import run_directory, snapshots
 from dora_dynamics.backlog import Backlog
 from dora_dynamics.baseline import Baselines, CapturedBaseline, Place
 from dora_dynamics.decomposition import AXES, Axis
+from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, common_method, follow
 from dora_dynamics.metrics import role_means
 from dora_dynamics.optimizers import StepDecay, settings, unwrapped, was_skipped
@@ -129,14 +130,14 @@ class Recorder:
             BaselineError: `baseline` lacks a followed weight, or is not given and a method rewrote
                 the base weights when it started (PiSSA, OLoRA and the like).
             NoDenseWeightError: the model carries a PEFT method without effective weights.
-            ValueError: a target matches nothing; `every`, `axis`, `keep` or `baseline_place` is
+            InputError: a target matches nothing; `every`, `axis`, `keep` or `baseline_place` is
                 not one of those above; the model mixes adapters and `method` is not given.
             RunDirectoryError: `run_dir` already holds a run, or cannot be written.
         """
         if axis not in AXES:
-            raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
+            raise InputError(f"axis must be 'output' or 'input', not {axis!r}.")
         if granularity not in get_args(Granularity):
-            raise ValueError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")
+            raise InputError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")
         self.sites: list[Site] = find_sites(model, targets, granularity)
         self.axis: Axis = axis
         self._given = {"run": run, "method": method}
@@ -173,7 +174,7 @@ class Recorder:
             self.write_to(run_dir, overwrite=overwrite, resume=resume)
         elif self._keep or resume is not None:
             what = "keep= stores files" if self._keep else "resume= goes on with a run on disk"
-            raise ValueError(f"{what}: it needs a run_dir.")
+            raise InputError(f"{what}: it needs a run_dir.")
 
     def write_to(
         self,

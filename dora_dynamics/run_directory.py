@@ -121,8 +121,9 @@ def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
             raise holds_a_run from None
         raise RunDirectoryError(f"cannot write to {directory}: {error.strerror}.") from error
     for kept in ("units", "weights"):
-        for old in (directory / kept).glob("*.safetensors"):
-            old.unlink()
+        for pattern in ("*.safetensors", "*.partial", ".tmp*"):  # a killed run leaves the latter
+            for old in (directory / kept).glob(pattern):
+                old.unlink()
     return directory
 
 

@@ -17,7 +17,7 @@ def schedule(every: Schedule) -> Callable[[int], bool]:
     """`every` as a function that is given a step and says whether to record it.
 
     Raises:
-        ValueError: `every` is none of the three, or a number below 1.
+        InputError: `every` is none of the three, or a number below 1.
     """
     if callable(every):
         return every
@@ -36,7 +36,7 @@ def kept_kinds(keep: Keep | Collection[Keep]) -> frozenset[str]:
     """The kinds of files that `keep` names.
 
     Raises:
-        ValueError: it names something else.
+        InputError: it names something else.
     """
     kinds = frozenset([keep] if isinstance(keep, str) else keep)
     unknown = kinds - set(get_args(Keep))

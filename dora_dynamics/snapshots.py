@@ -19,6 +19,7 @@ import safetensors.torch
 
 from dora_dynamics.decomposition import AXES, Axis, UnitChange
 from dora_dynamics.effective import Dense, EffectiveWeight, LowRank
+from dora_dynamics.errors import InputError
 from dora_dynamics.measurement import measure_all
 from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
 from dora_dynamics.sites import Site
@@ -142,12 +143,12 @@ def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
 
     Raises:
         RunDirectoryError: the run kept no weights.
-        ValueError: the axis is unknown.
+        InputError: the axis is unknown.
     """
     info = read_info(path)
     axis = info.axis if axis is None else axis
     if axis not in AXES:
-        raise ValueError(f"axis must be 'output' or 'input', not {axis!r}.")
+        raise InputError(f"axis must be 'output' or 'input', not {axis!r}.")
     baselines = load_baseline(path)
     sites = {(site.name, site.head): site for site in baselines}
     table = read_run(path)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 import dora_dynamics as dd
 from dora_dynamics.adapters import DoRA, LoRA, adapter_of
+from dora_dynamics.errors import InputError
 from dora_dynamics.sites import NoSiteMatchesError, find_sites
 
 if TYPE_CHECKING:
@@ -426,6 +427,19 @@ def test_foreign_parametrizations_survive_a_merge(tiny_transformer: Build) -> No
     dd.apply_lora(model, ["query"])
     dd.merge(model)
     assert parametrize.is_parametrized(model.get_submodule("head"))
+
+
+def test_a_parametrization_on_top_of_an_adapter_is_named_and_nothing_merged(
+    tiny_transformer: Build,
+) -> None:
+    model = tiny_transformer()
+    dd.apply_lora(model, ["query"])
+    parametrize.register_parametrization(
+        model.get_submodule("layers.1.query"), "weight", nn.Identity()
+    )
+    with pytest.raises(InputError, match="carries another parametrization beside its LoRA"):
+        dd.merge(model)
+    assert set(adapters(model)) == {"layers.0.query"}
 
 
 def test_bert_attention_output_is_not_the_down_projection(tiny_bert: nn.Module) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import dora_dynamics as dd
 from dora_dynamics.decomposition import reduce_units
+from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
     from dora_dynamics.decomposition import Axis
@@ -227,6 +228,21 @@ def test_views_gradients_and_inputs_are_left_alone() -> None:
     assert after.grad is None
 
 
+def test_what_only_looks_like_a_dense_matrix() -> None:
+    before, after = randn(5, 7), randn(5, 7, seed=1)
+    expected = dd.weight_change(before, after)
+    conjugated = torch.complex(before, -before).conj().imag  # carries its minus sign as a bit
+    assert conjugated.is_neg()
+    assert dd.weight_change(conjugated, after).delta_direction == expected.delta_direction
+    row = before[:1].expand(5, 7)
+    assert dd.weight_change(row, after).delta_direction == pytest.approx(
+        dd.weight_change(row.clone(), after).delta_direction, rel=1e-14
+    )
+    with torch.inference_mode():
+        sealed = before.clone(), after.clone()
+    assert dd.weight_change(*sealed).delta_direction == expected.delta_direction
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 9),
@@ -339,8 +355,10 @@ class TestRefusals:
             dd.weight_change(self.weight, self.weight.bfloat16())
 
     def test_different_devices(self) -> None:
-        with pytest.raises(ValueError, match="before is on cpu but after is on meta"):
-            dd.weight_change(self.weight, self.weight.to("meta"))
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        with pytest.raises(ValueError, match="before is on cpu but after is on cuda"):
+            dd.weight_change(self.weight, self.weight.to("cuda"))
 
     @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
     def test_empty(self, shape: tuple[int, int]) -> None:
@@ -359,6 +377,17 @@ class TestRefusals:
     def test_no_floating_point(self, dtype: torch.dtype) -> None:
         with pytest.raises(TypeError, match=f"before must be a floating-point tensor, not {dtype}"):
             dd.weight_change(torch.ones(3, 2, dtype=dtype), self.weight)
+
+    @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+    def test_no_dense_values(self) -> None:
+        for absent, what in (
+            (self.weight.to("meta"), "on the meta device"),
+            (self.weight.to_sparse(), "stored as torch.sparse_coo"),
+            (self.weight.to_sparse_csr(), "stored as torch.sparse_csr"),
+        ):
+            for refuse in (dd.magnitude, dd.direction, lambda w: dd.weight_change(w, w)):
+                with pytest.raises(InputError, match=f"is {what}: give a dense tensor"):
+                    refuse(absent)
 
     def test_no_tensor(self) -> None:
         with pytest.raises(TypeError, match=r"after must be a torch tensor, not ndarray\."):

@@ -638,9 +638,12 @@ class TestRunDirectory:
         with pytest.raises(RunDirectoryError, match=r"already holds a run: .* overwrite=True"):
             dd.Recorder(model, TARGETS, run_dir=tmp_path)
         assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == kept
+        for left in ("weights/step-3.partial", "units/.tmpKilled"):  # by a run killed in a write
+            (tmp_path / left).touch()
         dd.Recorder(model, TARGETS, run_dir=tmp_path, overwrite=True)
         assert len(read_run(tmp_path)) == 0
-        assert not list(tmp_path.rglob("*.safetensors"))
+        files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
+        assert files == {"run.json", "trajectory.csv"}
 
     def test_bad_arguments_leave_the_old_run_alone(
         self, tiny_transformer: Build, tmp_path: Path

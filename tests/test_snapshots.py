@@ -163,7 +163,7 @@ def test_gpt2_conv1d_is_remeasured(tiny_gpt2: Callable[[], Any], tmp_path: Path)
         torch.autograd.backward(model(tokens, labels=tokens).loss)
         optimizer.step()
     assert set(recorder.trajectory["units"]) == {48}
-    pd.testing.assert_frame_equal(dd.remeasure(tmp_path), recorder.trajectory, rtol=1e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(dd.remeasure(tmp_path), recorder.trajectory, check_exact=True)
 
 
 def test_what_was_not_kept_is_said(record: Callable[..., Any], tmp_path: Path) -> None:
