@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: reproduce test lint types figures clean
+.PHONY: reproduce test lint types clean
 
 reproduce: $(VENV)/.demo ## fine-tune three ways, measure, draw (about 4 minutes on 2 cores)
 	$(RUN) -m analyses.reproduce

@@ -66,7 +66,8 @@ class WeightChange:
     A unit that holds NaN or Inf makes every reduced measure NaN and is counted in `non_finite`:
     such weights are reported, never averaged away. A unit of zero norm has a magnitude but no
     direction: it enters ΔM, is left out of ΔD and of the relative measure, and is counted in
-    `zero_units`.
+    `zero_units`. A float64 unit whose squared norm is beyond float64 counts as not finite (norms
+    above 1e154) or as zero (below 1e-162).
 
     Attributes:
         axis: "output" (one unit per output feature) or "input".

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from dora_dynamics.run_directory import StrPath
 
 BASELINE_FILE: Final = "baseline.safetensors"
+_BY_COLUMN: Final = "by_column"
+"""Entry of a file's metadata: the matrices to lay column by column again when they are read."""
 _UNIT_ARRAYS: Final = tuple(f.name for f in fields(UnitChange))
 
 
@@ -187,7 +189,9 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     partial = path.with_suffix(".partial")
     owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     safetensors.torch.save_file(
-        {name: tensor.contiguous() for name, tensor in owned.items()}, partial, metadata
+        {name: tensor.contiguous() for name, tensor in owned.items()},
+        partial,
+        metadata | {_BY_COLUMN: json.dumps([name for name in owned if _is_by_column(owned[name])])},
     )
     partial.replace(path)
 
@@ -195,9 +199,18 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(_existing(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in json.loads(metadata.get(_BY_COLUMN, "[]")):
+                tensors[name] = tensors[name].T.contiguous().T
+            return tensors, metadata
     except safetensors.SafetensorError as error:
         raise _unreadable(path, error) from error
+
+
+def _is_by_column(tensor: Tensor) -> bool:
+    """Whether a matrix lies column by column in memory, which sets the order of its sums."""
+    return tensor.ndim == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
 
 
 def _unreadable(path: Path, error: Exception) -> RunDirectoryError:

@@ -160,6 +160,20 @@ def test_help_imports_no_heavy_package() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_help_takes_less_than_0_3_seconds() -> None:
+    resource = pytest.importorskip("resource")
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return float(usage.ru_utime + usage.ru_stime)  # of this process: others may be busy
+
+    command = [sys.executable, "-m", "dora_dynamics", "--help"]
+    before = spent()
+    shown = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert spent() - before < 0.3
+    assert all(name in shown.stdout for name in COMMANDS)
+
+
 def test_the_table_survives_json(runs: list[str]) -> None:
     rows = json.loads(call("coupling", *runs, "--level", "units", "--json").output)
     assert pd.DataFrame(rows)["units"].gt(0).all()
