@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dora_dynamics.effective import register_dequantizer as register_dequantizer
     from dora_dynamics.effective import register_effective_weight as register_effective_weight
     from dora_dynamics.recorder import Recorder as Recorder
+    from dora_dynamics.report import write_report as write_report
     from dora_dynamics.run_directory import load_runs as load_runs
     from dora_dynamics.sites import register_linear as register_linear
     from dora_dynamics.snapshots import load_units as load_units
@@ -57,6 +58,7 @@ _HOME = {
     "remeasure": "snapshots",
     "select_checkpoints": "statistics",
     "weight_change": "decomposition",
+    "write_report": "report",
 }
 
 __all__ = [*_HOME, "__version__", "plotting"]

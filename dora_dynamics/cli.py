@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "runs": "Say what run directories hold.",
     "coupling": "How ΔM goes with ΔD in recorded runs, with intervals.",
     "plot": "Draw the paper's figure, and others, from recorded runs.",
+    "report": "Write one HTML page of recorded runs, to explore offline.",
 }
 """Each command and its one line of help; the command NAME is `NAME` in `commands/NAME.py`."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 warnings.simplefilter("error")
 
-EXTRAS = ("transformers", "peft", "accelerate", "lightning", "sklearn", "numba", "pytest")
+EXTRAS = ("transformers", "peft", "accelerate", "lightning", "sklearn", "numba", "bokeh", "pytest")
 
 
 def main() -> None:
@@ -58,6 +58,14 @@ def main() -> None:
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
+        refused = subprocess.run(
+            [sys.executable, "-m", "dora_dynamics", "report", *runs, "--out", f"{folder}/r.html"],
+            check=False,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert refused.returncode == 2
+        assert "pip install 'dora-dynamics[report]'" in refused.stderr
         assert Path(folder, "figure.svg").stat().st_size > 10_000
     print("the core works alone")
 
