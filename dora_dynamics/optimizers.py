@@ -9,9 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _DECOUPLED: Final = frozenset({"AdamW"})
 
@@ -58,6 +58,13 @@ def settings(optimizers: Sequence[Optimizer]) -> dict[str, object]:
         for optimizer in optimizers
     ]
     return dict(found[0]) if len(found) == 1 else {"optimizers": found}
+
+
+def trains_any(optimizers: Sequence[Optimizer], modules: Iterable[nn.Module]) -> bool:
+    """Whether one of the optimizers trains a parameter of one of the modules."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    return any(id(parameter) in trained for module in modules for parameter in module.parameters())
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

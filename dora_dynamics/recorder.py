@@ -9,26 +9,27 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from dora_dynamics import run_directory, snapshots
+from dora_dynamics import run_directory
 from dora_dynamics.backlog import Backlog
 from dora_dynamics.baseline import Baselines, CapturedBaseline, Place
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, common_method, follow
 from dora_dynamics.metrics import role_means
-from dora_dynamics.optimizers import StepDecay, settings, unwrapped, was_skipped
+from dora_dynamics.optimizers import StepDecay, settings, trains_any, unwrapped, was_skipped
+from dora_dynamics.recorded_step import RecordedStep
 from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
 from dora_dynamics.sites import Site, find_sites
-from dora_dynamics.trajectory import to_table, trajectory_row
+from dora_dynamics.trajectory import to_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -36,14 +37,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
-    from dora_dynamics.decomposition import WeightChange
-    from dora_dynamics.effective import EffectiveWeight
     from dora_dynamics.resume import Progress
     from dora_dynamics.run_directory import StrPath
 
 Granularity = Literal["matrix", "head"]
-
-T = TypeVar("T")
 
 
 class Recorder:
@@ -331,51 +328,25 @@ class Recorder:
         finish, effective = self._baseline.queue(
             self.sites, self.axis, keep="weights" in self._keep
         )
-        is_first = self._last_recorded is None
-        store = partial(self._store, self.step, finish, effective, dict(self._decay), is_first)
+        keeps_baseline = "weights" in self._keep and self._last_recorded is None
+        recorded = RecordedStep(
+            step=self.step,
+            run=self.run,
+            method=self.method,
+            sites=self.sites,
+            finish=finish,
+            total_decay=dict(self._decay),
+            effective=effective,
+            baseline=self._baseline.weights if keeps_baseline else None,
+        )
         self._last_recorded = self.step
         if self._baseline.is_on_gpu and not effective:
-            self._backlog.add(store)
+            self._backlog.add(partial(self._store, recorded))
         else:
-            store()
+            self._store(recorded)
 
-    def _store(
-        self,
-        step: int,
-        finish: Callable[[], list[WeightChange]],
-        effective: Mapping[str, EffectiveWeight],
-        total_decay: Mapping[str, float],
-        is_first: bool,
-    ) -> None:
-        """Wait for the changes of a step; form its rows, and write them where there is a run."""
-        changes = finish()
-        rows = [
-            trajectory_row(
-                site,
-                change,
-                run=self.run,
-                method=self.method,
-                step=step,
-                total_decay=total_decay[site.tensor],
-                head=site.head,
-            )
-            for site, change in zip(self.sites, changes, strict=True)
-        ]
-        if self._directory is not None:
-            if "weights" in self._keep:
-                if is_first:
-                    snapshots.save_baseline(self._directory, self._by_site(self._baseline.weights))
-                snapshots.save_weights(self._directory, step, self._by_site(effective))
-            if "units" in self._keep:
-                units = {
-                    site: change.units for site, change in zip(self.sites, changes, strict=True)
-                }
-                snapshots.save_units(self._directory, step, units)
-            run_directory.append_rows(self._directory, rows)
-        self._rows.extend(rows)
-
-    def _by_site(self, tensors: Mapping[str, T]) -> dict[Site, T]:
-        return {site: tensors[site.tensor] for site in self.sites}
+    def _store(self, recorded: RecordedStep) -> None:
+        self._rows.extend(recorded.stored(self._directory, self._keep))
 
     def _before_step(self, *_: object) -> None:
         self._baseline.before_step()
@@ -390,10 +361,8 @@ class Recorder:
             self.advance_to(self.step + 1)
 
     def _check_trains(self, optimizers: Sequence[Optimizer]) -> None:
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        trained = {id(p) for group in groups for p in group["params"]}
-        modules = (followed.module for followed in self._followed.values())
-        if not any(id(p) in trained for module in modules for p in module.parameters()):
+        modules = [followed.module for followed in self._followed.values()]
+        if not trains_any(optimizers, modules):
             warnings.warn(
                 "the optimizer trains no parameter of the followed weights: make it after the "
                 "adapters are applied, and check requires_grad.",

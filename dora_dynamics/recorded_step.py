@@ -1,0 +1,77 @@
+"""One recorded step: its rows, once its measurement is done, and the files kept of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from dora_dynamics import run_directory, snapshots
+from dora_dynamics.trajectory import trajectory_row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from dora_dynamics.decomposition import WeightChange
+    from dora_dynamics.effective import EffectiveWeight
+    from dora_dynamics.sites import Site
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A step whose measurement may still be going on, with all that its rows say beside it.
+
+    Attributes:
+        step: the optimizer step.
+        run: name of the run.
+        method: name of the method.
+        sites: the weights that are followed.
+        finish: waits for the changes and returns them, one a site.
+        total_decay: Λ up to this step, by tensor.
+        effective: the effective weights, by tensor, where weights are kept.
+        baseline: W_0 by tensor, where it is still to be kept.
+    """
+
+    step: int
+    run: str
+    method: str
+    sites: Sequence[Site]
+    finish: Callable[[], list[WeightChange]]
+    total_decay: Mapping[str, float]
+    effective: Mapping[str, EffectiveWeight]
+    baseline: Mapping[str, Tensor] | None
+
+    def stored(self, directory: Path | None, keep: Collection[str]) -> list[dict[str, object]]:
+        """Wait for the changes; form the rows, and write them where there is a run."""
+        changes = self.finish()
+        rows = [
+            trajectory_row(
+                site,
+                change,
+                run=self.run,
+                method=self.method,
+                step=self.step,
+                total_decay=self.total_decay[site.tensor],
+                head=site.head,
+            )
+            for site, change in zip(self.sites, changes, strict=True)
+        ]
+        if directory is not None:
+            if "weights" in keep:
+                if self.baseline is not None:
+                    snapshots.save_baseline(directory, self._by_site(self.baseline))
+                snapshots.save_weights(directory, self.step, self._by_site(self.effective))
+            if "units" in keep:
+                units = {
+                    site: change.units for site, change in zip(self.sites, changes, strict=True)
+                }
+                snapshots.save_units(directory, self.step, units)
+            run_directory.append_rows(directory, rows)
+        return rows
+
+    def _by_site(self, tensors: Mapping[str, T]) -> dict[Site, T]:
+        return {site: tensors[site.tensor] for site in self.sites}
