@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import torch
 
+from dora_dynamics._kernels import Transfer
 from dora_dynamics.effective import Dense, EffectiveWeight, version_of
 from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
 from dora_dynamics.errors import InputError
@@ -238,7 +239,7 @@ class Baselines:
     def queue(
         self, sites: Sequence[Site], axis: Axis, *, keep: bool = False
     ) -> tuple[Callable[[], list[WeightChange]], dict[str, EffectiveWeight]]:
-        """Start to measure the change at every site, as `measurement.queue_measuring`.
+        """Start to measure the change at every site; what is measured comes in one transfer.
 
         All weights are measured together, but for those that must be copied or computed first:
         of these, so many that they take `_AT_A_TIME` bytes, or one that takes more.
@@ -254,10 +255,12 @@ class Baselines:
         queued: list[tuple[list[Site], Callable[[], list[WeightChange]]]] = []
         together: list[tuple[Site, Tensor, EffectiveWeight]] = []
         passing = 0
+        transfer = Transfer()
 
         def start() -> None:
             nonlocal passing
-            queued.append(([site for site, _, _ in together], queue_measuring(together, axis)))
+            sites_now = [site for site, _, _ in together]
+            queued.append((sites_now, queue_measuring(together, axis, transfer)))
             together.clear()
             passing = 0
 
@@ -272,6 +275,7 @@ class Baselines:
                 kept[name] = effective
             del weight, effective
         start()
+        transfer.start()
 
         def finish() -> list[WeightChange]:
             changes = {
@@ -281,7 +285,7 @@ class Baselines:
             }
             return [changes[site] for site in sites]
 
-        return finish, kept
+        return (partial(list, finish()) if transfer.needs_weights else finish), kept
 
     def _device_of(self, name: str) -> torch.device:
         stored = self._followed[name].stored()

@@ -7,9 +7,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from dora_dynamics._kernels import LowRankUpdate, low_rank_sums_of_all, queue_dense_sums
+from dora_dynamics._kernels import (
+    LowRankUpdate,
+    Transfer,
+    queue_dense_sums,
+    queue_low_rank_sums,
+)
 from dora_dynamics.decomposition import (
     UnitChange,
     _rescale,
@@ -55,21 +59,24 @@ def measure_all(
     measured in one reading of it: each unit is measured by itself, so that the units of a part
     are those of the whole.
     """
-    return queue_measuring(weights, axis)()
+    transfer = Transfer()
+    finish = queue_measuring(weights, axis, transfer)
+    transfer.start()
+    return finish()
 
 
 def queue_measuring(
-    weights: Iterable[tuple[Site, Tensor, EffectiveWeight]], axis: Axis
+    weights: Iterable[tuple[Site, Tensor, EffectiveWeight]], axis: Axis, transfer: Transfer
 ) -> Callable[[], list[WeightChange]]:
-    """Start `measure_all`, and on a GPU wait for nothing but the changes by low-rank factors.
+    """Start `measure_all`, and on a GPU wait for nothing.
 
     Returns:
-        A function that waits for the changes and returns them, in any thread; the weights may be
-        changed or let go of before.
+        A function that gives the changes once the transfer is started, in any thread; the weights
+        may be changed or let go of before, unless `transfer.needs_weights`.
     """
     weights = list(weights)
     if axis == "input":
-        return _queue_together(weights, axis)
+        return _queue_together(weights, axis, transfer)
     groups = [
         list(group)
         for _, group in groupby(weights, key=lambda weight: (weight[0].tensor, weight[0].expert))
@@ -81,6 +88,7 @@ def queue_measuring(
             for span, ((_, baseline, effective), *_) in zip(spans, groups, strict=True)
         ],
         axis,
+        transfer,
     )
     parts = [[site for site, _, _ in group] for group in groups]
 
@@ -95,12 +103,12 @@ def queue_measuring(
 
 
 def _queue_together(
-    weights: Sequence[tuple[Site, Tensor, EffectiveWeight]], axis: Axis
+    weights: Sequence[tuple[Site, Tensor, EffectiveWeight]], axis: Axis, transfer: Transfer
 ) -> Callable[[], list[WeightChange]]:
     """`measure` of each, with the sums of all that can be summed together taken at once."""
     dense: dict[int, tuple[Tensor, Tensor]] = {}
     low_rank: dict[int, LowRankUpdate] = {}
-    magnitudes: dict[int, Tensor] = {}
+    magnitudes: dict[int, Callable[[], Tensor]] = {}
     for i, (site, baseline, effective) in enumerate(weights):
         before = site.oriented(baseline)
         if isinstance(effective, Dense):
@@ -117,21 +125,18 @@ def _queue_together(
             low_rank[i] = LowRankUpdate(*factors, effective.scaling)
         elif axis == "output" and m.ndim == 1 and len(site.select(m)) == len(B):
             low_rank[i] = LowRankUpdate(before, A, B, effective.scaling)
-            magnitudes[i] = site.select(m)
-    queued, finish_sums = list(dense), queue_dense_sums(list(dense.values()))
-    known = dict(zip(low_rank, low_rank_sums_of_all(list(low_rank.values())), strict=True))
-    on_host = dict(zip(magnitudes, _to_host(list(magnitudes.values())), strict=True))
+            magnitudes[i] = transfer.add(site.select(m))
+    queued = (*dense, *low_rank)
+    finish_dense = queue_dense_sums(list(dense.values()), transfer)
+    finish_low_rank = queue_low_rank_sums(list(low_rank.values()), transfer)
     alone = {  # not measurable together, or not at all: then this tells why
-        i: measure(*weight, axis)
-        for i, weight in enumerate(weights)
-        if i not in dense and i not in low_rank
+        i: measure(*weight, axis) for i, weight in enumerate(weights) if i not in queued
     }
 
     def finish() -> list[WeightChange]:
-        sums = known | dict(zip(queued, finish_sums(), strict=True))
         found = dict(alone)
-        for i, one in sums.items():
-            units = _rescale(one, on_host[i]) if i in on_host else unit_change(one)
+        for i, one in zip(queued, (*finish_dense(), *finish_low_rank()), strict=True):
+            units = _rescale(one, magnitudes[i]()) if i in magnitudes else unit_change(one)
             found[i] = reduce_units(units, axis)
         return [found[i] for i in sorted(found)]
 
@@ -146,16 +151,6 @@ def _comparable(before: Tensor, after: Tensor) -> bool:
     return _is_matrix(before) and (before.shape, before.dtype, before.device) == (
         *(after.shape, after.dtype, after.device),
     )
-
-
-def _to_host(vectors: Sequence[Tensor]) -> list[Tensor]:
-    """The vectors in float64 in host memory, by one transfer from each device."""
-    found: dict[int, Tensor] = {}
-    for device in dict.fromkeys(vector.device for vector in vectors):
-        here = [i for i, vector in enumerate(vectors) if vector.device == device]
-        joined = torch.cat([vectors[i].detach().to(torch.float64) for i in here]).cpu()
-        found.update(zip(here, torch.split(joined, [len(vectors[i]) for i in here]), strict=True))
-    return [found[i] for i in range(len(vectors))]
 
 
 def _span(sites: Sequence[Site]) -> Site:

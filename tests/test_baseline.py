@@ -252,10 +252,10 @@ class TestPlace:
             calls: list[int] = []
 
             def counting(
-                weights: list[Any], axis: Any, calls: list[int] = calls
+                weights: list[Any], axis: Any, transfer: Any, calls: list[int] = calls
             ) -> Callable[[], list[Any]]:
                 calls.append(len(weights))
-                return queue_measuring(weights, axis)
+                return queue_measuring(weights, axis, transfer)
 
             monkeypatch.setattr(dora_dynamics.baseline, "_AT_A_TIME", limit)
             monkeypatch.setattr(dora_dynamics.baseline, "queue_measuring", counting)

@@ -699,8 +699,8 @@ class TestBesideTraining:
         gate = threading.Event()
         queue = measurement.queue_measuring
 
-        def gated(weights: Any, axis: Any) -> Callable[[], Any]:
-            finish = queue(weights, axis)
+        def gated(weights: Any, axis: Any, transfer: Any) -> Callable[[], Any]:
+            finish = queue(weights, axis, transfer)
 
             def wait() -> Any:
                 assert gate.wait(60)
@@ -779,9 +779,9 @@ class TestCounts:
         calls: list[int] = []
         queue = queue_dense_sums
 
-        def counting(pairs: list[Any]) -> Any:
+        def counting(pairs: list[Any], *more: Any) -> Any:
             calls.append(len(pairs))
-            return queue(pairs)
+            return queue(pairs, *more)
 
         monkeypatch.setattr(measurement, "queue_dense_sums", counting)
         model = tiny_transformer()
@@ -797,9 +797,9 @@ class TestCounts:
         read: list[int] = []
         queue = queue_dense_sums
 
-        def counting(pairs: list[Any]) -> Any:
+        def counting(pairs: list[Any], *more: Any) -> Any:
             read.append(sum(before.nbytes + after.nbytes for before, after in pairs))
-            return queue(pairs)
+            return queue(pairs, *more)
 
         monkeypatch.setattr(measurement, "queue_dense_sums", counting)
         model = tiny_transformer()

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from dora_dynamics._kernels.dispatch import dense_sums, dense_sums_of_all
 from dora_dynamics._kernels.low_rank import LowRankUpdate, low_rank_sums, low_rank_sums_of_all
-from dora_dynamics._kernels.queueing import queue_dense_sums
+from dora_dynamics._kernels.queueing import Transfer, queue_dense_sums, queue_low_rank_sums
 from dora_dynamics._kernels.sums import UnitSums
 
 __all__ = [
     "LowRankUpdate",
+    "Transfer",
     "UnitSums",
     "dense_sums",
     "dense_sums_of_all",
     "low_rank_sums",
     "low_rank_sums_of_all",
     "queue_dense_sums",
+    "queue_low_rank_sums",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -44,6 +46,24 @@ def from_array(sums: NDArray[np.float64]) -> UnitSums:
     """UnitSums over an array of shape (4, units), in the order a, e, c, P; nothing is copied."""
     a, e, c, P = torch.from_numpy(sums)
     return UnitSums(a, e, c, P)
+
+
+def to_host(sums: Tensor) -> Callable[[], NDArray[np.float64]]:
+    """Queue the one transfer of sums to host memory; what is returned waits for it alone."""
+    if sums.device.type != "cuda":
+        return sums.cpu().numpy
+    host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+    host.copy_(sums, non_blocking=True)
+    event: Any = torch.cuda.Event
+    copied = event(blocking=True)
+    copied.record(torch.cuda.current_stream(sums.device))
+
+    def wait() -> NDArray[np.float64]:
+        copied.synchronize()
+        array: NDArray[np.float64] = host.numpy()
+        return array
+
+    return wait
 
 
 def fill_tangential(sums: NDArray[np.float64], single: bool) -> NDArray[np.intp]:

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from dora_dynamics._kernels import low_rank
-from dora_dynamics._kernels.sums import UnitSums, from_array, ratio
-from dora_dynamics._kernels.triton_path import element_type, on_device, to_host
+from dora_dynamics._kernels.sums import UnitSums, from_array, ratio, to_host
+from dora_dynamics._kernels.triton_path import element_type, on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +133,7 @@ def sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
     Updates that the kernel was not made for, and those whose float32 sums cannot be believed
     (weights out of its range; an update almost along the weights), go through `low_rank.plain`.
     """
-    fit = [update for update in updates if _fits(update)]
+    fit = [update for update in updates if fits(update)]
     fast: list[UnitSums] = []
     all_believable = True
     if fit:
@@ -147,14 +147,15 @@ def sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
     waiting = iter(fast)
     found = []
     for update in updates:
-        one = next(waiting) if _fits(update) else None
+        one = next(waiting) if fits(update) else None
         if one is None or not (all_believable or low_rank.is_believable(one)):
             one = low_rank.plain_sums(update)
         found.append(one)
     return found
 
 
-def _fits(update: LowRankUpdate) -> bool:
+def fits(update: LowRankUpdate) -> bool:
+    """Whether the kernel was made for it."""
     before = update.before
     return (
         before.dtype != torch.float64

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,7 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_dynamics._kernels.sums import LARGEST, SMALLEST, TANGENTIAL_SHARE, UnitSums, from_array
+from dora_dynamics._kernels.sums import (
+    LARGEST,
+    SMALLEST,
+    TANGENTIAL_SHARE,
+    UnitSums,
+    from_array,
+    to_host,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -258,25 +265,24 @@ def sums_of_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[UnitSums]:
 
 
 def queue(pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], list[UnitSums]]:
-    """Queue what `sums_of_all` waits for.
-
-    Returns:
-        What waits for them, as in `queueing.queue_dense_sums`.
-    """
-    plan = plan_of(pairs)
-    sums = torch.empty((4, plan.total), dtype=torch.float64, device=pairs[0][0].device)
-    run(plan, sums)
+    """Queue what `sums_of_all` waits for; what is returned waits for it."""
+    sums, units = start(pairs)
     wait = to_host(sums)
-    ends = [*plan.first_units[1:], plan.total]
+    ends = [0, *accumulate(units)]
 
     def finish() -> list[UnitSums]:
         host = wait()
-        return [
-            from_array(host[:, first:end])
-            for first, end in zip(plan.first_units, ends, strict=True)
-        ]
+        return [from_array(host[:, first:end]) for first, end in pairwise(ends)]
 
     return finish
+
+
+def start(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[int]]:
+    """Queue the launches; the sums will be in the returned tensor, (4, units of all pairs)."""
+    plan = plan_of(pairs)
+    sums = torch.empty((4, plan.total), dtype=torch.float64, device=pairs[0][0].device)
+    run(plan, sums)
+    return sums, np.diff([*plan.first_units, plan.total]).tolist()
 
 
 def run(plan: Plan, sums: Tensor) -> None:
@@ -351,24 +357,6 @@ def make_plan(pairs: Sequence[tuple[Tensor, Tensor]], tiling: Tiling | None = No
             Launch(layout, chosen, whole, on_device(table, device), on_device(owners, device))
         )
     return Plan(tuple(launches), tuple(first_units[:-1]), first_units[-1])
-
-
-def to_host(sums: Tensor) -> Callable[[], NDArray[np.float64]]:
-    """Queue the one transfer of sums to host memory; what is returned waits for it alone."""
-    if sums.device.type == "cpu":
-        return sums.numpy
-    host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-    host.copy_(sums, non_blocking=True)
-    event: Any = torch.cuda.Event
-    copied = event(blocking=True)
-    copied.record(torch.cuda.current_stream(sums.device))
-
-    def wait() -> NDArray[np.float64]:
-        copied.synchronize()
-        array: NDArray[np.float64] = host.numpy()
-        return array
-
-    return wait
 
 
 def element_type(dtype: torch.dtype) -> Any:

@@ -1,0 +1,171 @@
+"""A record makes one transfer from device to host, and touches the chosen sites alone.
+
+Counted on a GPU where there is one, and everywhere on `Far` tensors: their values lie in host
+memory, but they say that they are on another device, and only a copy gets them from there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import dora_dynamics as dd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Build = Callable[..., nn.Module]
+
+FAR = "meta"  # the one device but the CPU that every build of torch knows
+GPU = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
+aten: Any = torch.ops.aten
+TARGETS = ["query", "value"]
+
+
+class Far(torch.Tensor):
+    """A tensor on a device that is not there."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Far:
+        make: Any = torch.Tensor._make_wrapper_subclass
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset()}
+        tensor: Far = make(cls, held.shape, dtype=held.dtype, device=FAR, **layout)
+        tensor.held = held
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        stays = goes_to(kwargs) != "cpu" and func.overloadpacket is not aten._local_scalar_dense
+        if func.overloadpacket is aten.copy_ and not isinstance(args[0], Far):
+            return func(args[0], args[1].held)
+        near = tree_map(lambda x: x.held if isinstance(x, Far) else x, (args, kwargs))
+        if "device" in kwargs:
+            near[1]["device"] = torch.device("cpu")
+        result = func(*near[0], **near[1])
+        known = {id(x.held): x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Far)}
+
+        def far(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            return known[id(x)] if id(x) in known else Far(x)
+
+        return tree_map(far, result) if stays else result
+
+
+def goes_to(kwargs: dict[str, Any]) -> str:
+    device = kwargs.get("device")
+    return "" if device is None else torch.device(device).type
+
+
+class Watch(TorchDispatchMode):
+    """Counts the copies from a device to the host, and notes every tensor that is touched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transfers: list[str] = []
+        self.touched: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        self.touched += given
+        if goes_to(kwargs) == FAR and not any(isinstance(x, Far) for x in given):
+            return Far(func(*args, **kwargs | {"device": torch.device("cpu")}))
+        result = func(*args, **kwargs)
+        packet = func.overloadpacket
+        source = given[-1] if packet is aten.copy_ else given[0] if given else None
+        to_host = (
+            packet is aten._local_scalar_dense
+            or (packet is aten._to_copy and result.device.type == "cpu")
+            or (packet is aten.copy_ and given[0].device.type == "cpu")
+        )
+        if to_host and source is not None and source.device.type != "cpu":
+            self.transfers.append(f"{func} {tuple(source.shape)}")
+        return result
+
+
+def put(model: nn.Module, device: str) -> nn.Module:
+    if device != FAR:
+        return model.to(device)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                far = nn.Parameter(Far(parameter.detach()), parameter.requires_grad)
+                module._parameters[name] = far
+    return model
+
+
+def adapt(model: nn.Module, method: str) -> nn.Module:
+    source = torch.Generator().manual_seed(0)
+    if method in ("LoRA", "mixed"):
+        dd.apply_lora(model, ["layers.0.query", "layers.1.value"], rank=2, generator=source)
+    if method in ("DoRA", "mixed"):
+        dd.apply_dora(model, ["layers.1.query", "layers.0.value"], rank=2, generator=source)
+    return model
+
+
+@torch.no_grad()
+def move(model: nn.Module, device: str) -> None:
+    """A step of training in all but the gradients."""
+    source = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            change = 0.1 * torch.randn(parameter.shape, generator=source)
+            parameter.add_(Far(change) if device == FAR else change.to(device))
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "head"])
+@pytest.mark.parametrize("method", ["FT", "LoRA", "DoRA", "mixed"])
+@pytest.mark.parametrize("device", [FAR, GPU])
+def test_one_transfer_and_only_chosen_weights(
+    device: str, method: str, granularity: Any, tiny_transformer: Build
+) -> None:
+    tables = []
+    for where in ("cpu", device):
+        model: Any = tiny_transformer()
+        for block in model.layers:
+            block.num_heads, block.head_dim = 2, block.query.out_features // 2
+        model = put(adapt(model, method), where)
+        targets = TARGETS if granularity == "matrix" else ["query"]
+        recorder = dd.Recorder(model, targets, every=1, method=method, granularity=granularity)
+        for step in range(3):
+            recorder.step = step
+            with Watch() as watch:
+                recorder.record()
+            assert len(watch.transfers) == (where != "cpu"), watch.transfers
+            names = {n for n, p in model.named_parameters() if any(p is t for t in watch.touched)}
+            assert names
+            assert all(any(f".{target}." in name for target in targets) for name in names), names
+            move(model, where)
+        tables.append(recorder.trajectory)
+    columns = ["delta_magnitude", "delta_direction", "update_norm"]
+    ours, theirs = (table[columns].to_numpy() for table in tables)
+    assert abs(ours - theirs).max() <= 1e-6 * abs(ours).max()
+    assert ours.max(0).min() > 0
+
+
+@pytest.mark.parametrize("device", [FAR, GPU])
+def test_the_count_sees_every_way_to_the_host(device: str) -> None:
+    """What it is made of would be noticed: a number, a copy, a copy into a host tensor."""
+    values = torch.arange(6.0).reshape(2, 3)
+    there: Any = Far(values) if device == FAR else values.to(device)
+    with Watch() as watch:
+        assert there.sum().item() == 15
+        assert torch.equal(there.cpu(), values)
+        here = torch.empty(2, 3).copy_(there * 2)
+        assert torch.equal(here, 2 * values)
+        assert bool((there >= 0).all())
+        assert there.t().to(torch.float64).device.type == torch.device(device).type
+    assert len(watch.transfers) == 4
