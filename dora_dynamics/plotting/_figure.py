@@ -12,6 +12,8 @@ from dora_dynamics.plotting._style import FILE_RC
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
     from matplotlib.backend_bases import RendererBase
 
@@ -23,6 +25,10 @@ _SCREEN_DPI = 144
 class StyledFigure(Figure):
     """A matplotlib figure drawn and saved with the settings of its style.
 
+    Made as `StyledFigure(style_named("paper"), figsize=..., layout="constrained")`; further
+    matplotlib settings, by `settings=`, stand above those of the style. Add artists inside
+    `figure.drawing()`, where these settings hold.
+
     Fonts are looked up and files are written with these settings, so that `figure.savefig` embeds
     fonts as the package's own `save` does, whatever the caller's settings are. It is not registered
     with pyplot; a notebook shows it all the same.
@@ -31,11 +37,17 @@ class StyledFigure(Figure):
         alt: What the figure shows, in words: the alternative text that `save` writes into files.
     """
 
-    def __init__(self, style: Style, *args: Any, **options: Any) -> None:
-        self._settings: dict[Any, Any] = style.rc()
+    def __init__(
+        self, style: Style, *args: Any, settings: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        self._settings: dict[Any, Any] = style.rc() | dict(settings or {})
         self.alt: str = ""
         with mpl.rc_context(self._settings):
             super().__init__(*args, **options)
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """The settings of this figure, to add artists with."""
+        return mpl.rc_context(self._settings)
 
     def draw(self, renderer: RendererBase) -> None:
         """Draws with the settings of the style."""

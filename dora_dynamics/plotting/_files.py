@@ -23,6 +23,7 @@ _UNDATED: Final[dict[str, dict[str, None]]] = {
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     "png": {"Software": None},
 }
+_FORMULA_FONT: Final = "; font-family: 'DejaVu Sans'"
 _TITLES: Final = {"pdf": ("Title", "Subject"), "png": ("Title", "Description")}
 
 
@@ -79,23 +80,23 @@ def save(
             }
             figure.savefig(each, format=ending, metadata=metadata)
             if ending == "svg":
-                _describe(each, *words)
+                _finish(each, *words)
     return paths
 
 
-def _describe(svg: Path, title: str, alt: str) -> None:
-    """Makes an SVG one image with a name and a description for screen readers."""
+def _finish(svg: Path, title: str, alt: str) -> None:
+    """Gives formulas a font to fall back to; makes the SVG one image that screen readers name."""
+    text = svg.read_text(encoding="utf-8").replace(_FORMULA_FONT, f"{_FORMULA_FONT}, sans-serif")
     words = {name: text for name, text in (("title", title), ("desc", alt)) if text}
-    if not words:
-        return
-    # Several figures may be put into one page, where an identifier must be unique.
-    mark = hashlib.sha256("\n".join(words.values()).encode()).hexdigest()[:12]
-    elements = "".join(
-        f'\n <{name} id="{name}-{mark}">{escape(text)}</{name}>' for name, text in words.items()
-    )
-    labels = " ".join(f"{name}-{mark}" for name in words)
-    text = svg.read_text(encoding="utf-8")
-    start = text.index("<svg ")
-    end = text.index(">", start)
-    text = f'{text[:end]} role="img" aria-labelledby="{labels}">{elements}{text[end + 1 :]}'
+    if words:
+        # Several figures may be put into one page, where an identifier must be unique.
+        mark = hashlib.sha256("\n".join(words.values()).encode()).hexdigest()[:12]
+        elements = "".join(
+            f'\n <{name} id="{name}-{mark}">{escape(content)}</{name}>'
+            for name, content in words.items()
+        )
+        labels = " ".join(f"{name}-{mark}" for name in words)
+        start = text.index("<svg ")
+        end = text.index(">", start)
+        text = f'{text[:end]} role="img" aria-labelledby="{labels}">{elements}{text[end + 1 :]}'
     svg.write_text(text, encoding="utf-8")
