@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 import torch
 
 from dora_dynamics._kernels import Transfer
-from dora_dynamics.effective import Dense, EffectiveWeight, version_of
+from dora_dynamics.effective import Dense, EffectiveWeight, NoDenseWeightError, version_of
 from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
 from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, follow
 from dora_dynamics.measurement import queue_measuring
+from dora_dynamics.sharded import Adapted, ShardingError, is_sharded
+from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import find_sites
 
 if TYPE_CHECKING:
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
+    from torch.distributed.tensor import DTensor
 
     from dora_dynamics.decomposition import Axis, WeightChange
+    from dora_dynamics.measurement import Triple
     from dora_dynamics.run_directory import StrPath
     from dora_dynamics.sites import Granularity, Site
 
@@ -85,6 +89,7 @@ def capture_baseline(
         BaselineError: the model already carries an adapter that rewrote its base weights.
         NoSiteMatchesError: a target matches nothing.
     """
+    expose(model)
     sites = find_sites(model, targets, granularity)
     followed = follow(model, sites)
     refuse_rewritten(model, followed)
@@ -179,16 +184,48 @@ class Baselines:
             followed: where the tensors live now.
         """
         self._followed = followed
+        sharded: dict[str, DTensor] = {}
         for name, where in followed.items():
             stored, weight = where.stored(), self.weights[name]
             if stored is None or weight is stored:
                 continue
             self._shared.discard(name)
+            if is_sharded(stored):
+                sharded[name] = stored
+                continue
+            if is_sharded(weight):
+                raise ShardingError(
+                    f"{name} was sharded when its baseline was taken and is whole now: attach the "
+                    "recorder to the model as it was sharded then."
+                )
             self.weights[name] = weight = self._placed(weight, stored)
             if _is_frozen(stored):
                 here = weight.to(stored.device, _as_loaded(weight, stored))
                 if here.dtype == stored.dtype and torch.equal(here, stored):
                     self._share(name, stored)
+        if sharded:
+            self._settle_sharded(sharded)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several processes hold a followed weight together, each a part of it."""
+        stored = (where.stored() for where in self._followed.values())
+        return any(map(is_sharded, self.weights.values())) or any(map(is_sharded, stored))
+
+    def _settle_sharded(self, sharded: Mapping[str, DTensor]) -> None:
+        """Shard W_0 as the live weights are; every process is here."""
+        from dora_dynamics.sharded.baseline import all_equal, settled
+
+        if self._place != "device" and any(w.device.type != "cpu" for w in sharded.values()):
+            raise ShardingError(
+                f"baseline_place={self._place!r}: W_0 of a sharded weight is sharded like it, and "
+                "stays on the device; leave that argument out."
+            )
+        for name, weight in settled(self.weights, sharded).items():
+            self.weights[name] = weight.to(_as_loaded(weight, sharded[name]))
+        frozen = {name: stored for name, stored in sharded.items() if _is_frozen(stored)}
+        for name in all_equal(self.weights, frozen):
+            self._share(name, frozen[name])
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Take W_0 from these tensors, by `Site.tensor`, where they are not the present ones."""
@@ -196,6 +233,8 @@ class Baselines:
             if weight is not self.weights[name]:
                 self.weights[name] = weight
                 self._shared.discard(name)
+        if self.is_sharded:
+            self.settle(self._followed)
 
     def confirm(self) -> None:
         """Take frozen weights for W_0 as they are now: what was written to them was checked."""
@@ -210,7 +249,7 @@ class Baselines:
                 self.weights[name] = self._taken(weight)
                 self._shared.discard(name)
 
-    def pair(self, name: str) -> tuple[Tensor, EffectiveWeight]:
+    def pair(self, name: str) -> tuple[Tensor, EffectiveWeight | Adapted]:
         """W_0 and the effective weight of a tensor at this moment, fit to be compared.
 
         By its factors only where W_0 is the very base below them.
@@ -222,10 +261,17 @@ class Baselines:
         if name in self._shared:
             self._check_unchanged(name)
         is_base = name in self._shared or (name in self._quantized and not self._given)
+        if is_sharded(weight):
+            return weight, self._sharded_weight(name, is_base=is_base)
         effective = where.effective() if is_base else Dense(where.dense())
         if not isinstance(effective, Dense):
             return weight, effective
         now, stored = effective.weight, where.stored()
+        if is_sharded(now):
+            raise ShardingError(
+                f"{name} was whole when its baseline was taken and is sharded now: make the "
+                "recorder after the model is sharded."
+            )
         as_loaded = weight.dtype if stored is None else _as_loaded(weight, stored)
         common = torch.promote_types(as_loaded, now.dtype)
         here = weight.to(now.device, non_blocking=weight.device.type == "cpu")
@@ -253,7 +299,8 @@ class Baselines:
             by_tensor[site.tensor].append(site)
         kept: dict[str, EffectiveWeight] = {}
         queued: list[tuple[list[Site], Callable[[], list[WeightChange]]]] = []
-        together: list[tuple[Site, Tensor, EffectiveWeight]] = []
+        together: list[Triple] = []
+        apart: list[Triple] = []
         passing = 0
         transfer = Transfer()
 
@@ -266,15 +313,21 @@ class Baselines:
 
         for name, its_sites in by_tensor.items():
             weight, effective = self.pair(name)
+            if is_sharded(weight):
+                apart.extend((site, weight, effective) for site in its_sites)
+                continue
             size = self._passing_bytes(name, weight, effective)
             if passing and passing + size > _AT_A_TIME:
                 start()
             passing += size
             together.extend((site, weight, effective) for site in its_sites)
-            if keep:
+            if keep and not isinstance(effective, Adapted):
                 kept[name] = effective
             del weight, effective
         start()
+        if apart:  # all of it by one all-reduce
+            together.extend(apart)
+            start()
         transfer.start()
 
         def finish() -> list[WeightChange]:
@@ -291,7 +344,21 @@ class Baselines:
         stored = self._followed[name].stored()
         return self.weights[name].device if stored is None else stored.device
 
-    def _passing_bytes(self, name: str, weight: Tensor, effective: EffectiveWeight) -> int:
+    def _sharded_weight(self, name: str, *, is_base: bool) -> EffectiveWeight | Adapted:
+        """The effective weight of a sharded tensor, by an adapter's factors where it has one."""
+        where = self._followed[name]
+        stored = where.stored()
+        try:
+            effective = where.effective()
+        except NoDenseWeightError as error:
+            raise NoDenseWeightError(f"{name} cannot be followed: {error}.") from error
+        if is_sharded(stored) and not (isinstance(effective, Dense) or is_base):
+            return Adapted(stored, effective)
+        return effective
+
+    def _passing_bytes(
+        self, name: str, weight: Tensor, effective: EffectiveWeight | Adapted
+    ) -> int:
         """Bytes of the pair that are in memory only to be measured."""
         size = 0 if weight is self.weights[name] else weight.nbytes
         if isinstance(effective, Dense) and self._is_computed(name, effective.weight):

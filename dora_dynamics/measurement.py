@@ -23,15 +23,19 @@ from dora_dynamics.decomposition import (
     weight_change,
 )
 from dora_dynamics.effective import Dense
+from dora_dynamics.sharded import Adapted, is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
+    from torch.distributed.tensor import DTensor
 
     from dora_dynamics.decomposition import Axis, WeightChange
     from dora_dynamics.effective import EffectiveWeight
     from dora_dynamics.sites import Site
+
+    Triple = tuple[Site, Tensor, EffectiveWeight | Adapted]
 
 
 def measure(site: Site, baseline: Tensor, effective: EffectiveWeight, axis: Axis) -> WeightChange:
@@ -49,15 +53,14 @@ def measure(site: Site, baseline: Tensor, effective: EffectiveWeight, axis: Axis
     )
 
 
-def measure_all(
-    weights: Iterable[tuple[Site, Tensor, EffectiveWeight]], axis: Axis
-) -> list[WeightChange]:
+def measure_all(weights: Iterable[Triple], axis: Axis) -> list[WeightChange]:
     """`measure` for many sites at once: (site, baseline, effective weight) of each, in order.
 
     All weights of one device are measured together: on a GPU in one launch per dtype and layout
     and one transfer back. Sites that are parts or heads of one matrix and follow each other are
     measured in one reading of it: each unit is measured by itself, so that the units of a part
-    are those of the whole.
+    are those of the whole. Where W_0 is sharded, all processes call this with the same sites, and
+    one all-reduce adds up what they hold.
     """
     transfer = Transfer()
     finish = queue_measuring(weights, axis, transfer)
@@ -66,9 +69,9 @@ def measure_all(
 
 
 def queue_measuring(
-    weights: Iterable[tuple[Site, Tensor, EffectiveWeight]], axis: Axis, transfer: Transfer
+    weights: Iterable[Triple], axis: Axis, transfer: Transfer
 ) -> Callable[[], list[WeightChange]]:
-    """Start `measure_all`, and on a GPU wait for nothing.
+    """Start `measure_all`, and on a GPU wait for nothing but sharded weights.
 
     Returns:
         A function that gives the changes once the transfer is started, in any thread; the weights
@@ -103,9 +106,41 @@ def queue_measuring(
 
 
 def _queue_together(
-    weights: Sequence[tuple[Site, Tensor, EffectiveWeight]], axis: Axis, transfer: Transfer
+    weights: Sequence[Triple], axis: Axis, transfer: Transfer
 ) -> Callable[[], list[WeightChange]]:
     """`measure` of each, with the sums of all that can be summed together taken at once."""
+    sharded = [(site, w_0, w) for site, w_0, w in weights if is_sharded(w_0)]
+    whole = [
+        (site, w_0, w)
+        for site, w_0, w in weights
+        if not (is_sharded(w_0) or isinstance(w, Adapted))
+    ]
+    changes = iter(_measure_sharded(sharded, axis))
+    finish_whole = _queue_whole(whole, axis, transfer)
+    order = [is_sharded(w_0) for _, w_0, _ in weights]
+
+    def finish() -> list[WeightChange]:
+        rest = iter(finish_whole())
+        return [next(changes if apart else rest) for apart in order]
+
+    return finish
+
+
+def _measure_sharded(
+    weights: Sequence[tuple[Site, DTensor, EffectiveWeight | Adapted]], axis: Axis
+) -> list[WeightChange]:
+    """Now and in this thread: the training's own collectives must not come in between."""
+    if not weights:
+        return []
+    from dora_dynamics.sharded.changes import unit_changes
+
+    return [reduce_units(units, axis) for units in unit_changes(weights, axis)]
+
+
+def _queue_whole(
+    weights: Sequence[tuple[Site, Tensor, EffectiveWeight]], axis: Axis, transfer: Transfer
+) -> Callable[[], list[WeightChange]]:
+    """`_queue_together` for weights that this process has whole."""
     dense: dict[int, tuple[Tensor, Tensor]] = {}
     low_rank: dict[int, LowRankUpdate] = {}
     magnitudes: dict[int, Callable[[], Tensor]] = {}

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
-
-import torch
 
 from dora_dynamics import run_directory
 from dora_dynamics.backlog import Backlog
@@ -25,12 +24,14 @@ from dora_dynamics.recorded_step import RecordedStep
 from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
+from dora_dynamics.sharded import ShardingError
+from dora_dynamics.sharded.collectives import by_main_process, is_main_process
+from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import Site, find_sites
 from dora_dynamics.trajectory import to_table
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     import pandas as pd
     from torch import Tensor, nn
@@ -56,7 +57,9 @@ class Recorder:
     On a GPU a recorded step queues its measurement and waits for nothing: a thread forms the rows
     and writes them, a moment later, while training goes on. Whatever reads the rows waits for it.
 
-    Where several processes train together, each follows its own copy and the main one writes.
+    Where several processes train together, each has a recorder and the main one writes. Weights
+    that they hold together (FSDP2, tensor parallelism) stay where they are: at a recorded step all
+    processes add up their sums, and no weight is gathered.
 
     Attributes:
         sites: the weights that are followed.
@@ -127,6 +130,8 @@ class Recorder:
             BaselineError: `baseline` lacks a followed weight, or is not given and a method rewrote
                 the base weights when it started (PiSSA, OLoRA and the like).
             NoDenseWeightError: the model carries a PEFT method without effective weights.
+            ShardingError: the model is sharded in a way that hides its weights (FSDP1, DeepSpeed
+                ZeRO-3), or `keep="weights"` is asked of one that is sharded.
             InputError: a target matches nothing; `every`, `axis`, `keep` or `baseline_place` is
                 not one of those above; the model mixes adapters and `method` is not given.
             RunDirectoryError: `run_dir` already holds a run, or cannot be written.
@@ -135,6 +140,7 @@ class Recorder:
             raise InputError(f"axis must be 'output' or 'input', not {axis!r}.")
         if granularity not in get_args(Granularity):
             raise InputError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")
+        expose(model)
         self.sites: list[Site] = find_sites(model, targets, granularity)
         self.axis: Axis = axis
         self._given = {"run": run, "method": method}
@@ -151,6 +157,7 @@ class Recorder:
         self._last_recorded: int | None = None
         self._backlog = Backlog()
         self._directory: Path | None = None
+        self._folder = ""
         self._hooks: list[RemovableHandle] = []
         self._resumed: Progress | None = None
         self._counts_steps = True
@@ -190,6 +197,7 @@ class Recorder:
         if keep is not None:
             self._keep = kept_kinds(keep)
             self._info = replace(self._info, keep=sorted(self._keep))
+        self._check_kept()
         if resume is not None:
             progress = read_progress(run_dir, resume, self.sites)
             progress.check(self.sites, self.axis)
@@ -202,14 +210,20 @@ class Recorder:
                 progress.info,
                 hyperparameters=progress.info.hyperparameters | self._info.hyperparameters,
             )
-            if _is_main_process():
-                progress.truncate()
-                self._directory = progress.directory
-        elif _is_main_process():
-            self._directory = run_directory.create_run(run_dir, overwrite=overwrite)
+            self._by_main_process(progress.truncate)
+            folder = progress.directory
+        else:
+            folder = Path(run_dir)
+            self._by_main_process(partial(run_directory.create_run, folder, overwrite=overwrite))
+            self._folder = folder.resolve().name
             self.run = self._name()
             self._info = replace(self._info, run=self.run)
+        if is_main_process():
+            self._directory = folder
         self._write_info()
+
+    def _by_main_process(self, action: Callable[[], object]) -> None:
+        by_main_process(action, together=self._baseline.is_sharded)
 
     def continue_from(self, step: int) -> None:
         """Say that the model was trained for `step` steps before, of which there are no rows."""
@@ -273,8 +287,10 @@ class Recorder:
         """
         self._let_go()
         self._backlog.wait()
+        expose(self._model)
         watched = [unwrapped(optimizer) for optimizer in optimizers]
         self._followed = follow(self._model, self.sites)
+        self._check_kept()
         self._baseline.settle(self._followed)
         self._check_baseline()
         self._check_trains(watched)
@@ -293,9 +309,20 @@ class Recorder:
     def _check_baseline(self) -> None:
         """Where a run is resumed: whether W_0 is still what it was, also after the loading."""
         if self._resumed is not None:
+            if self._baseline.is_sharded:
+                self._baseline.settle(self._followed)
             chosen = choose_baseline(self._resumed, self.sites, self._baseline.weights)
             self._baseline.replace(chosen)
             self._baseline.confirm()
+
+    def _check_kept(self) -> None:
+        """Refuse to keep what would have to be gathered."""
+        if "weights" in self._keep and self._baseline.is_sharded:
+            raise ShardingError(
+                "keep='weights' would gather every sharded weight: keep the units, or save "
+                "checkpoints (torch.distributed.checkpoint) and measure them with dora-dynamics "
+                "compare."
+            )
 
     def finish(self, *, record: bool = True) -> None:
         """What leaving `attach` does: let go of the optimizer and record the last step."""
@@ -325,6 +352,8 @@ class Recorder:
         """
         if self._last_recorded == self.step:
             return
+        if self._baseline.is_sharded:
+            expose(self._model)
         finish, effective = self._baseline.queue(
             self.sites, self.axis, keep="weights" in self._keep
         )
@@ -378,8 +407,7 @@ class Recorder:
 
     def _name(self) -> str:
         """The run's name: as given, else the folder's, else the method."""
-        folder = self._directory.resolve().name if self._directory else ""
-        return self._given["run"] or folder or self.method
+        return self._given["run"] or self._folder or self.method
 
     def _report_quantization(self) -> None:
         report = self._baseline.quantization_report()
@@ -398,10 +426,3 @@ def _model_name(model: nn.Module) -> str:
     """Class of the model, with the name or path its configuration carries."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     return f"{type(model).__name__} ({name})" if name else type(model).__name__
-
-
-def _is_main_process() -> bool:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_rank() == 0

@@ -18,13 +18,16 @@ from dora_dynamics.run_directory import (
     read_info,
     read_run,
 )
+from dora_dynamics.sharded import is_sharded
 from dora_dynamics.snapshots import load_baseline
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from torch.distributed.tensor import DTensor
 
+    from dora_dynamics.decomposition import Axis
     from dora_dynamics.run_directory import StrPath
     from dora_dynamics.sites import Site
 
@@ -70,14 +73,13 @@ class Progress:
                 f"targets={self.info.targets} and the same granularity."
             )
 
-    def is_baseline(self, site: Site, weight: Tensor) -> bool:
-        """Whether `weight` has the magnitude that the run's baseline has at this site."""
+    def is_baseline(self, site: Site, mean: float) -> bool:
+        """Whether the run's baseline has this mean magnitude at the site."""
         known = {
             float(str(row["magnitude_before"]))
             for row in self.rows
             if row["site"] == site.name and _same_head(row["head"], site.head)
         }
-        mean = float(magnitude(site.oriented(weight), self.info.axis).mean())
         return all(
             math.isclose(mean, value, rel_tol=_SAME_MAGNITUDE) or math.isnan(value)
             for value in known
@@ -148,7 +150,8 @@ def choose_baseline(
     Raises:
         RunDirectoryError: the model's weights have moved on and the run kept none.
     """
-    moved = [site for site in sites if not progress.is_baseline(site, of_model[site.tensor])]
+    means = _mean_magnitudes(sites, of_model, progress.info.axis)
+    moved = [site for site in sites if not progress.is_baseline(site, means[site])]
     if not moved:
         return dict(of_model)
     try:
@@ -166,6 +169,26 @@ def choose_baseline(
         name: stored[name].to(weight.device) if name in changed else weight
         for name, weight in of_model.items()
     }
+
+
+def _mean_magnitudes(
+    sites: Sequence[Site], weights: Mapping[str, Tensor], axis: Axis
+) -> dict[Site, float]:
+    """Mean magnitude of the units of each site; where weights are sharded, all processes call."""
+    found: dict[Site, float] = {}
+    sharded: list[tuple[Site, DTensor]] = []
+    for site in sites:
+        weight = weights[site.tensor]
+        if is_sharded(weight):
+            sharded.append((site, weight))
+        else:
+            found[site] = float(magnitude(site.oriented(weight), axis).mean())
+    if sharded:
+        from dora_dynamics.sharded.changes import mean_magnitudes
+
+        means = mean_magnitudes(sharded, axis)
+        found |= {site: mean for (site, _), mean in zip(sharded, means, strict=True)}
+    return found
 
 
 def _state(state: Mapping[str, Any]) -> tuple[int, dict[str, float]]:

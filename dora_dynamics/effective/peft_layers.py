@@ -341,9 +341,14 @@ def _factors(layer: nn.Module) -> EffectiveWeight | None:
 
 def _linear_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-    if type(A) is not nn.Linear or type(B) is not nn.Linear:
+    if not (_is_linear(A) and _is_linear(B)):
         return None
     return A.weight.detach(), B.weight.detach()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is `nn.Linear` itself, or what `fully_shard` makes of it: its forward is that."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _embedding_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from dora_dynamics.effective.quantized import dequantized_module, is_quantized
+from dora_dynamics.effective.weights import NoDenseWeightError
+from dora_dynamics.sharded.holding import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,9 +48,12 @@ _OPAQUE: Final = (
 def private_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` in float64 and eval mode that shares nothing with it.
 
-    Hooks are left out, sharded tensors are gathered (every rank must call this), quantised linear
-    layers become plain ones that hold the dequantised weight. Tensors that the module shares with
-    others (VeRA's projections, VB-LoRA's vector bank) are copied like its own.
+    Hooks are left out, quantised linear layers become plain ones that hold the dequantised weight.
+    Tensors that the module shares with others (VeRA's projections, VB-LoRA's vector bank) are
+    copied like its own.
+
+    Raises:
+        NoDenseWeightError: a tensor of the module is sharded.
     """
     memo: dict[int, Any] = {}
     kept: list[Any] = []  # ids in the memo stay valid as long as what they name is alive
@@ -128,10 +133,12 @@ def _reachable(root: object) -> Iterator[Any]:
 
 
 def _tensor_copy(tensor: Tensor) -> Tensor:
-    whole = tensor.detach()
-    if hasattr(whole, "full_tensor"):
-        whole = whole.full_tensor()
-    own = _widened(whole)
+    if is_sharded(tensor):
+        raise NoDenseWeightError(
+            "its weight is sharded, and reading this kind of adapter would gather it: record it "
+            "unsharded, or compare its checkpoints (dora-dynamics compare)"
+        )
+    own = _widened(tensor.detach())
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(own, requires_grad=False)
     return own

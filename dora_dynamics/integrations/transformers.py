@@ -163,12 +163,6 @@ class RecorderCallback(TrainerCallback):
         self._made().finish(record=not best_was_loaded)
 
     def _make_recorder(self, args: TrainingArguments, model: nn.Module) -> None:
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise ValueError(
-                "DeepSpeed ZeRO-3 shows a callback empty weights, so that nothing can be recorded: "
-                "train with ZeRO-2 or FSDP, or compare the saved checkpoints afterwards "
-                "(dora-dynamics compare)."
-            )
         noted = {name: getattr(args, name, None) for name in _NOTED}
         noted = {k: str(v) if hasattr(v, "value") else v for k, v in noted.items()}
         options = {"seed": args.seed} | self._options

@@ -1,0 +1,116 @@
+"""Run: `torchrun --nproc-per-node 2 -m tests.distributed.launch [--device cuda]`.
+
+What the recorder sees of sharded weights, against the same weights whole. Without torchrun,
+`python -m tests.distributed.launch --worlds 2 4` starts the processes itself, over gloo: it imports
+once and forks, because imports are most of what such small cases cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed import lifecycle, placements, recording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CASES: dict[str, Callable[[str], float]] = {
+    "dense": placements.dense_weights,
+    "low rank": placements.low_rank_weights,
+    "fsdp": recording.fsdp,
+    "tensor parallel": recording.tensor_parallel,
+    "two dimensions": recording.two_dimensions,
+    "hybrid": recording.hybrid,
+    "made early": lifecycle.made_early,
+    "loaded by the first": lifecycle.loaded_by_the_first,
+    "resumed": lifecycle.resumed,
+    "refusals": lifecycle.refusals,
+}
+
+
+def run_all(device: str, only: str | None = None) -> bool:
+    """Runs the cases on this process; whether all agree to 1e-6."""
+    good = True
+    for name, case in CASES.items():
+        if only and only not in name:
+            continue
+        begin = time.process_time()
+        try:
+            worst = case(device)
+            passed = worst < 1e-6
+            said = f"largest relative difference {worst:.1e}"
+        except Exception:
+            passed, said = False, traceback.format_exc()
+        if dist.get_rank() == 0 or not passed:
+            word = "ok" if passed else "FAILED"
+            spent = time.process_time() - begin
+            print(f"{name}: {word}, {said} ({spent:.1f} s)", flush=True)
+        good &= passed
+        if not passed:
+            break  # the other processes may be waiting
+    return good
+
+
+def worker(rank: int, world: int, store: str, only: str | None) -> None:
+    """One of the processes that `--worlds` starts."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{store}")
+    good = run_all("cpu", only)
+    os._exit(0 if good else 1)  # a forked process leaves the parent's clean-up to the parent
+
+
+def main() -> None:
+    """Starts the processes, or is one of torchrun's."""
+    parser = argparse.ArgumentParser(prog="python -m tests.distributed.launch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--worlds", type=int, nargs="+", help="numbers of processes to start")
+    parser.add_argument("--only", help="a part of a case's name")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if options.worlds is None:
+        if options.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+        good = run_all(options.device, options.only)
+        dist.destroy_process_group()
+        raise SystemExit(0 if good else 1)
+    if recording.HAS_PEFT:  # what it imports when it is first used
+        recording.adapted(recording.net("cpu"), "PEFT DoRA")
+    processes = torch.multiprocessing.get_context("fork")
+    good = True
+    for world in options.worlds:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{world} processes", flush=True)
+            store = str(Path(folder) / "store")
+            started = [
+                processes.Process(target=worker, args=(rank, world, store, options.only))
+                for rank in range(world)
+            ]
+            for process in started:
+                process.start()
+            deadline = time.monotonic() + 300
+            while any(p.is_alive() for p in started) and time.monotonic() < deadline:
+                if any(p.exitcode for p in started):
+                    break
+                time.sleep(0.05)
+            for process in started:
+                process.terminate()
+                process.join()
+            good &= all(process.exitcode == 0 for process in started)
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Real processes over gloo: what sharded weights say is what whole ones say, to 1e-6."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import dora_dynamics as dd
+from dora_dynamics.sharded import ShardingError
+
+CASES = 10
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_sharded_models_are_followed_as_whole_ones() -> None:
+    """Two and four processes run `launch.CASES`: see there, and beside it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.launch", "--worlds", "2", "4"],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": ok, ") == 2 * CASES, done.stdout
+
+
+class TestHiddenWeights:
+    """Weights that are not where they seem to be are refused, never read as they look."""
+
+    def test_zero_3(self) -> None:
+        """DeepSpeed leaves parameters of no elements, and numbers them."""
+        model = nn.ModuleDict({"query": nn.Linear(4, 3), "value": nn.Linear(4, 3)})
+        early = dd.Recorder(model, ["query"])
+        optimizer = torch.optim.SGD(model.parameters())
+        for number, parameter in enumerate(model.parameters()):
+            parameter.ds_id, parameter.ds_shape = number, parameter.shape  # type: ignore[attr-defined]
+            parameter.data = torch.empty(0)
+        for refused in (
+            lambda: dd.Recorder(model, ["query"]),
+            lambda: dd.capture_baseline(model, ["query"]),
+            lambda: early.start(optimizer),
+        ):
+            with pytest.raises(ShardingError, match=r"ZeRO-3 .*dora-dynamics compare"):
+                refused()
+
+    def test_shards_that_do_not_say_so(self) -> None:
+        """Older transformers kept parts of weights as plain tensors under tensor parallelism."""
+        model = nn.ModuleDict({"query": nn.Linear(4, 3)})
+        model["query"]._hf_tp_plan = "colwise"  # type: ignore[assignment]
+        with pytest.raises(ShardingError, match="query holds a part of its weight"):
+            dd.Recorder(model, ["query"])
