@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from tests.distributed import lifecycle, placements, recording
+from tests.distributed import lifecycle, placements, recording, trainers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    import pandas as pd
 
 CASES: dict[str, Callable[[str], float]] = {
     "dense": placements.dense_weights,
@@ -40,33 +42,37 @@ CASES: dict[str, Callable[[str], float]] = {
 
 
 def run_all(device: str, only: str | None = None) -> bool:
-    """Runs the cases on this process; whether all agree to 1e-6."""
-    good = True
-    for name, case in CASES.items():
-        if only and only not in name:
-            continue
-        begin = time.process_time()
-        try:
-            worst = case(device)
-            passed = worst < 1e-6
-            said = f"largest relative difference {worst:.1e}"
-        except Exception:
-            passed, said = False, traceback.format_exc()
-        if dist.get_rank() == 0 or not passed:
-            word = "ok" if passed else "FAILED"
-            spent = time.process_time() - begin
-            print(f"{name}: {word}, {said} ({spent:.1f} s)", flush=True)
-        good &= passed
-        if not passed:
-            break  # the other processes may be waiting
-    return good
+    """Runs the cases on this process, up to one that fails: the others may be waiting there."""
+    chosen = {name: case for name, case in CASES.items() if only is None or only in name}
+    return all(run_case(name, case, device) for name, case in chosen.items())
 
 
-def worker(rank: int, world: int, store: str, only: str | None) -> None:
-    """One of the processes that `--worlds` starts."""
+def run_case(name: str, case: Callable[[str], float], device: str) -> bool:
+    """Whether a case agrees to 1e-6."""
+    begin = time.process_time()
+    try:
+        worst = case(device)
+        passed = worst < 1e-6
+        said = f"largest relative difference {worst:.1e}"
+    except Exception:
+        passed, said = False, traceback.format_exc()
+    if dist.get_rank() == 0 or not passed:
+        word, spent = "ok" if passed else "FAILED", time.process_time() - begin
+        print(f"{name}: {word}, {said} ({spent:.1f} s)", flush=True)
+    return passed
+
+
+def worker(
+    rank: int, world: int, store: str, only: str | None, expected: Mapping[str, pd.DataFrame]
+) -> None:
+    """One of the processes that `--worlds` starts, with the environment that torchrun gives."""
     torch.set_num_threads(1)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}"}
+    os.environ |= {"LOCAL_WORLD_SIZE": f"{world}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{store}")
     good = run_all("cpu", only)
+    if good and expected and world == 2:
+        good = run_case("trainers", lambda _: trainers.one_run_for_all(expected), "cpu")
     os._exit(0 if good else 1)  # a forked process leaves the parent's clean-up to the parent
 
 
@@ -86,6 +92,10 @@ def main() -> None:
         good = run_all(options.device, options.only)
         dist.destroy_process_group()
         raise SystemExit(0 if good else 1)
+    expected: dict[str, pd.DataFrame] = {}
+    if trainers.AVAILABLE and 2 in options.worlds and options.only in (None, "trainers"):
+        with tempfile.TemporaryDirectory() as folder:
+            expected = trainers.on_one_process(Path(folder))
     if recording.HAS_PEFT:  # what it imports when it is first used
         recording.adapted(recording.net("cpu"), "PEFT DoRA")
     processes = torch.multiprocessing.get_context("fork")
@@ -95,7 +105,7 @@ def main() -> None:
             print(f"{world} processes", flush=True)
             store = str(Path(folder) / "store")
             started = [
-                processes.Process(target=worker, args=(rank, world, store, options.only))
+                processes.Process(target=worker, args=(rank, world, store, options.only, expected))
                 for rank in range(world)
             ]
             for process in started:
