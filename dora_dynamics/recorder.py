@@ -268,6 +268,10 @@ class Recorder:
         Step 0 is recorded on entry and the last step on exit, also when training ends in an
         exception. A later `attach` goes on counting where the one before stopped.
 
+        Rows are those of the weights as the optimizer's step leaves them. What changes them after
+        it, as AdaLoRA's `update_and_allocate` does, is seen by `start(optimizer,
+        count_steps=False)` and, behind it, `advance_to(step)`; `finish()` ends that.
+
         Warns:
             UserWarning: the optimizer trains none of the parameters of the followed weights.
         """

@@ -271,6 +271,45 @@ class TestCopies:
         assert recorder.trajectory.query("step == 3")["update_norm"].item() > 0
 
 
+class TestAdaLoRA:
+    """Its rank goes down after the optimizer's step."""
+
+    @pytest.mark.parametrize("counted", ["by the optimizer", "by the loop"])
+    def test_rows_before_and_after_the_pruning(self, counted: str) -> None:
+        torch.manual_seed(0)
+        config = peft.AdaLoraConfig(
+            init_r=6, target_r=1, total_step=12, tinit=1, tfinal=2, target_modules=["query"]
+        )
+        model: Any = peft.get_peft_model(nn.ModuleDict({"query": nn.Linear(16, 24)}), config)
+        layer = model.base_model.model["query"]
+        base = layer.base_layer.weight.detach().double()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        recorder = dd.Recorder(model, ["query"], every=1)
+        recorder.start(optimizer, count_steps=counted == "by the optimizer")
+        stepped, pruned = [0.0], [0.0]
+        for step in range(5):
+            optimizer.zero_grad()
+            (layer(torch.randn(5, 16)) - 1).square().mean().backward()
+            optimizer.step()
+            stepped.append((merged_alone(layer) - base).norm().item())
+            model.base_model.update_and_allocate(step)
+            pruned.append((merged_alone(layer) - base).norm().item())
+            if counted == "by the loop":
+                recorder.advance_to(step + 1)
+        recorder.finish()
+        expected = stepped if counted == "by the optimizer" else pruned
+        assert recorder.trajectory["update_norm"].tolist() == pytest.approx(expected, abs=1e-9)
+        assert stepped[-1] > 1.1 * pruned[-1]
+
+
+def merged_alone(layer: Any) -> torch.Tensor:
+    """W' of a layer by PEFT's own merge of a copy."""
+    other = copy.deepcopy(layer).double().eval()
+    other.merge()
+    weight: torch.Tensor = other.base_layer.weight.detach()
+    return weight
+
+
 class TestSeveralMethods:
     """Different tuners on one model, and one around another."""
 
