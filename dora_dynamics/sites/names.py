@@ -11,9 +11,9 @@ from itertools import pairwise
 from typing import Final
 
 ROLES: Final[dict[str, tuple[str, ...]]] = {
-    "query": ("query", "q_proj", "q_lin", "q", "q_attn", "to_q"),
-    "key": ("key", "k_proj", "k_lin", "k", "to_k"),
-    "value": ("value", "v_proj", "v_lin", "v", "to_v"),
+    "query": ("query", "q_proj", "q_lin", "q", "q_attn", "to_q", "query_proj"),
+    "key": ("key", "k_proj", "k_lin", "k", "to_k", "key_proj"),
+    "value": ("value", "v_proj", "v_lin", "v", "to_v", "value_proj"),
     "output": (
         "attention.output.dense",
         "attention.dense",
@@ -26,6 +26,7 @@ ROLES: Final[dict[str, tuple[str, ...]]] = {
         "attn.c_proj",
         "crossattention.c_proj",
         "to_out.0",
+        "attn.Wo",
     ),
     "query_key_value": ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "attn.in_proj"),
     "up": (
@@ -37,10 +38,11 @@ ROLES: Final[dict[str, tuple[str, ...]]] = {
         "wi",
         "wi_1",
         "mlp.c_fc",
+        "mlp.fc_in",
         "dense_h_to_4h",
     ),
     "gate": ("gate_proj", "wi_0"),
-    "gate_up": ("gate_up_proj", "ff.net.0.proj"),
+    "gate_up": ("gate_up_proj", "ff.net.0.proj", "mlp.Wi"),
     "down": (
         "output.dense",
         "fc2",
@@ -49,6 +51,8 @@ ROLES: Final[dict[str, tuple[str, ...]]] = {
         "linear2",
         "wo",
         "mlp.c_proj",
+        "mlp.fc_out",
+        "mlp.Wo",
         "dense_4h_to_h",
         "ff.net.2",
     ),

@@ -331,6 +331,43 @@ ARCHITECTURES: dict[str, Architecture] = {
         fused(r"transformer\.h\.(\d+)\.", r"self_attention\.query_key_value", BLOOM_REST),
         SEPARATE,
     ),
+    "GPT-J": Architecture(
+        lambda: build(
+            "GPTJForCausalLM", "GPTJConfig",
+            n_embd=WIDTH, n_layer=2, n_head=HEADS, n_inner=FFN, vocab_size=32, rotary_dim=2, **IDS,
+        ),
+        attention(r"transformer\.h\.(\d+)\.attn\.", "q_proj k_proj v_proj out_proj")
+        | {
+            r"transformer\.h\.(\d+)\.mlp\.fc_in": "up",
+            r"transformer\.h\.(\d+)\.mlp\.fc_out": "down",
+            "lm_head": "lm_head",
+        },
+        SEPARATE,
+    ),
+    "DeBERTa": Architecture(
+        lambda: build("DebertaV2Model", "DebertaV2Config", **BASIC),
+        attention(
+            r"encoder\.layer\.(\d+)\.attention\.",
+            "self.query_proj self.key_proj self.value_proj output.dense", "encoder",
+        )
+        | {
+            r"encoder\.layer\.(\d+)\.intermediate\.dense": "encoder/up",
+            r"encoder\.layer\.(\d+)\.output\.dense": "encoder/down",
+        },
+        SEPARATE,
+    ),
+    "ModernBERT": Architecture(
+        lambda: build(
+            "ModernBertModel", "ModernBertConfig", cls_token_id=1, sep_token_id=2, **BASIC | IDS,
+        ),
+        {
+            r"layers\.(\d+)\.attn\.Wqkv": "query_key_value",
+            r"layers\.(\d+)\.attn\.Wo": "output",
+            r"layers\.(\d+)\.mlp\.Wi": "gate_up",
+            r"layers\.(\d+)\.mlp\.Wo": "down",
+        },
+        SEPARATE,
+    ),
     "ViT": Architecture(
         lambda: build("ViTForImageClassification", "ViTConfig", **VISION),
         attention(r"vit\.layers\.(\d+)\.attention\.", "q_proj k_proj v_proj o_proj")
