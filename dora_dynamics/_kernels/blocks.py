@@ -34,6 +34,8 @@ _COLUMN_ROWS: Final = 64
 """Features summed in float32 where units are columns of memory."""
 TASK: Final = 1 << 18
 """Elements of a task: tens of microseconds of work, above the cost of handing it to a thread."""
+_ROW_TASK: Final = 1 << 19
+"""Elements of a task over rows: a few blocks, so that what is done once a task weighs little."""
 
 _local = threading.local()
 
@@ -43,9 +45,10 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
     units, features = before.shape
     by_column = features > 1 and units > 1 and before.stride(0) == 1 == after.stride(0)
     work = _sum_columns if by_column else _sum_rows
-    step = task_units(units, features)
     if by_column:
-        step = max(step, min(units, 512))
+        step = max(task_units(units, features), min(units, 512))
+    else:
+        step = task_units(units, features, _ROW_TASK)
     return [
         partial(
             work,
@@ -57,35 +60,71 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
     ]
 
 
-def task_units(units: int, features: int) -> int:
-    """Units of a task, so that all tasks of a weight are about as large."""
-    return -(-units // max(1, units * features // TASK))
+def task_units(units: int, features: int, elements: int = TASK) -> int:
+    """Units of a task of about this many elements, so that all tasks of a weight are as large."""
+    return -(-units // max(1, units * features // elements))
 
 
 def _sum_rows(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
     units, features = before.shape
+    read: Callable[[Any, str], Rows] = _whole
+    sources: tuple[Any, Any] = (before, after)
+    width, length = features, min(features, _BLOCK)
+    if _in_words(before) and _in_words(after):
+        read, sources = _halves, (_words(before), _words(after))
+        width, length = width // 2, -(-length // 2)
     step = max(1, _BLOCK // features)
-    for start in range(0, units, step):
-        rows = slice(start, start + step)
-        _sum_row_block(before[rows], after[rows], out[:, rows])
+    out[:3] = 0.0
+    with np.errstate(all="ignore"):
+        for start in range(0, units, step):
+            rows = slice(start, start + step)
+            for left in range(0, width, length):
+                block = (rows, slice(left, left + length))
+                _add_block(read(sources[0][block], "w"), read(sources[1][block], "v"), out[:, rows])
     again = fill_tangential(out, single=before.dtype != torch.float64)
     if len(again):
         sum_exactly(before, after, again, out)
 
 
-def _sum_row_block(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
-    out[:3] = 0.0
-    with np.errstate(all="ignore"):
-        for start in range(0, before.shape[1], _BLOCK):
-            columns = slice(start, start + _BLOCK)
-            w = as_rows(before[:, columns], "w")
-            v = as_rows(after[:, columns], "v")
-            d = np.subtract(v, w, out=_scratch("v", w.shape, w.dtype))
-            for low in range(0, w.shape[1], _FEATURES):
-                w_part, d_part = w[:, low : low + _FEATURES], d[:, low : low + _FEATURES]
-                out[0] += np.vecdot(w_part, w_part)
-                out[1] += np.vecdot(d_part, w_part)
-                out[2] += np.vecdot(d_part, d_part)
+def _add_block(w: Rows, v: Rows, out: NDArray[np.float64]) -> None:
+    """Add a, e and c of a block, shape (parts, units, features), to `out`; v's buffer takes d."""
+    d = np.subtract(v, w, out=_scratch("v", w.shape, w.dtype))
+    for low in range(0, w.shape[2], _FEATURES):
+        w_part, d_part = w[:, :, low : low + _FEATURES], d[:, :, low : low + _FEATURES]
+        out[0] += np.add.reduce(np.vecdot(w_part, w_part), axis=0, dtype=np.float64)
+        out[1] += np.add.reduce(np.vecdot(d_part, w_part), axis=0, dtype=np.float64)
+        out[2] += np.add.reduce(np.vecdot(d_part, d_part), axis=0, dtype=np.float64)
+
+
+def _whole(weight: Tensor, buffer: str) -> Rows:
+    """A block as one part."""
+    return as_rows(weight, buffer)[np.newaxis]
+
+
+def _in_words(weight: Tensor) -> bool:
+    """Whether bfloat16 values lie without a gap, two of a unit in each aligned 32-bit word."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.is_contiguous()
+        and weight.shape[1] % 2 == 0
+        and weight.data_ptr() % 4 == 0
+    )
+
+
+def _words(weight: Tensor) -> NDArray[np.uint32]:
+    return weight.view(torch.uint16).numpy().view(np.uint32)
+
+
+def _halves(words: NDArray[np.uint32], buffer: str) -> Rows:
+    """A block's even and odd features in float32 as two parts, shape (2, units, features / 2).
+
+    bfloat16 is the upper half of float32: a shift widens the lower of the two values in a word
+    and a mask the upper. A sum does not mind the order, and this takes half as many passes.
+    """
+    halves: NDArray[np.uint32] = _scratch(buffer, (2, *words.shape), np.dtype(np.uint32))
+    np.left_shift(words, 16, out=halves[0])
+    np.bitwise_and(words, 0xFFFF0000, out=halves[1])
+    return halves.view(np.float32)
 
 
 def _sum_columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
@@ -147,6 +186,11 @@ def as_rows(weight: Tensor, buffer: str, dtype: torch.dtype | None = None) -> Ro
         view: Rows = weight.numpy()
         return view
     array: Rows = _scratch(buffer, (rows, columns), np.dtype(str(dtype).removeprefix("torch.")))
+    if (weight.dtype, dtype) == (torch.bfloat16, torch.float32) and is_aligned(weight):
+        words = array.view(np.uint32)
+        np.copyto(words, weight.view(torch.uint16).numpy())
+        np.left_shift(words, 16, out=words)
+        return array
     converted = torch.from_numpy(array)
     width = min(columns, _CONVERSION)
     height = max(1, _CONVERSION // width)

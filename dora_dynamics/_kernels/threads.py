@@ -8,20 +8,36 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+_limit: ContextVar[int | None] = ContextVar("limit", default=None)
 _pools: dict[int, ThreadPoolExecutor] = {}
 """By process: a forked child does not inherit its parent's threads."""
 
 
+@contextmanager
+def at_most(count: int) -> Iterator[None]:
+    """Within it, and in copies of its context, work is spread over so many threads."""
+    token = _limit.set(count)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
 def run_all(tasks: Sequence[Callable[[], None]], worth_threads: bool) -> None:
-    """Run every task; in parallel over as many threads as torch is set to use, if worth it."""
-    workers = min(torch.get_num_threads(), len(tasks))
+    """Run every task, in parallel if worth it.
+
+    As many threads take part as torch is set to use, or as `at_most` says.
+    """
+    workers = min(_limit.get() or torch.get_num_threads(), len(tasks))
     if workers < 2 or not worth_threads:
         for task in tasks:
             task()

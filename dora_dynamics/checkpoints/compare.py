@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
+from dora_dynamics._kernels import threads
 from dora_dynamics.checkpoints.catalogue import tensor_name
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.plan import (
@@ -34,12 +37,16 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from dora_dynamics.decomposition import WeightChange
     from dora_dynamics.sites import Granularity, Site
     from dora_dynamics.sites.select import Target
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that were just read and the bytes there are to read."""
+
+_MOST_THREADS: Final = 16
+"""Threads by default, at most: enough for any memory's bandwidth; each holds a few MiB."""
+_SITES_AT_ONCE: Final = 4
+"""More sites are not measured at once, so that memory stays bounded."""
 
 
 def compare_checkpoints(
@@ -54,7 +61,7 @@ def compare_checkpoints(
     steps: Sequence[int] | None = None,
     granularity: Granularity = "matrix",
     transposed: Sequence[str] = (),
-    jobs: int = 1,
+    jobs: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     keep_non_finite: bool = False,
@@ -80,8 +87,8 @@ def compare_checkpoints(
         granularity: "module", "matrix" (fused weights in their parts) or "head".
         transposed: globs over module paths of weights stored (in, out), where the base has no
             config.json that tells.
-        jobs: sites that are measured at once; more than 1 pays where weights are small; each
-            weight is spread over the cores already.
+        jobs: threads that measure; by default as many as torch is set to use, at most 16. The
+            numbers do not depend on it.
         resume: go on with the interrupted comparison in `out`.
         overwrite: replace the run that `out` holds.
         keep_non_finite: give weights that hold NaN or Inf a row of NaN, rather than refuse them.
@@ -94,7 +101,7 @@ def compare_checkpoints(
     """
     if axis not in AXES:
         raise InputError(f"axis must be 'output' or 'input', not {axis!r}.")
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise InputError(f"jobs must be at least 1, not {jobs}.")
     plan = make_plan(base, checkpoints, Options(targets, granularity, transposed, steps))
     return run_plan(
@@ -118,7 +125,7 @@ def run_plan(
     axis: Axis = "output",
     method: str | None = None,
     run: str | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     keep_non_finite: bool = False,
@@ -139,15 +146,10 @@ def run_plan(
             progress(checkpoint.nbytes, plan.nbytes)
     try:
         for checkpoint in plan.checkpoints[len(groups) :]:
-            changes = _measure(plan, checkpoint, axis, jobs, progress)
+            to_row = partial(trajectory_row, run=run, method=method, step=checkpoint.step)
+            rows = _measure(plan, checkpoint, to_row, axis, jobs, progress)
             if not keep_non_finite:
-                _refuse_non_finite(checkpoint, changes)
-            rows = [
-                trajectory_row(
-                    site, change, run=run, method=method, step=checkpoint.step, head=site.head
-                )
-                for site, change in changes.items()
-            ]
+                _refuse_non_finite(checkpoint, rows)
             if output is not None:
                 output.append(rows)
             groups.append(rows)
@@ -161,53 +163,63 @@ def run_plan(
 
 
 def _measure(
-    plan: Plan, checkpoint: Planned, axis: Axis, jobs: int, progress: Progress | None
-) -> dict[Site, WeightChange]:
+    plan: Plan,
+    checkpoint: Planned,
+    to_row: Callable[..., Row],
+    axis: Axis,
+    jobs: int | None,
+    progress: Progress | None,
+) -> list[Row]:
+    """The rows of one checkpoint, in the order of its sites; `to_row` makes one of a change."""
     updates, _ = read_updates(plan.base, plan.sites, checkpoint.path)
-    sites = list(updates)
 
-    def change(site: Site) -> WeightChange:
+    def row(site: Site) -> Row:
         stored = plan.base.tensors[tensor_name(site)]
         try:
-            measured = change_of(site, stored, updates[site], axis)
+            change = change_of(site, stored, updates[site], axis)
         except CheckpointError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path}: {site.name}: {error}") from error
-        return measured
+        return to_row(site, change, head=site.head)
 
-    changes: dict[Site, WeightChange] = {}
-    with _single_threaded(), ThreadPoolExecutor(jobs) as pool:
-        try:
-            for site, measured in zip(sites, pool.map(change, sites), strict=True):
-                changes[site] = measured
-                if progress is not None:
-                    progress(site_bytes(plan.base, site, updates[site]), plan.nbytes)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return changes
+    rows = []
+    with _in_threads(row, list(updates), jobs) as measured:
+        for site, future in measured.items():
+            rows.append(future.result())
+            if progress is not None:
+                progress(site_bytes(plan.base, site, updates[site]), plan.nbytes)
+    return rows
 
 
 @contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Torch's own threads put aside: they cost more than they give on blocks of this size."""
-    threads = torch.get_num_threads()
+def _in_threads(
+    function: Callable[[Site], Row], sites: Sequence[Site], jobs: int | None
+) -> Iterator[dict[Site, Future[Row]]]:
+    """`function` of each site over `jobs` threads: some sites at once, the rest within each.
+
+    Torch's own threads are put aside: they cost more than they give on blocks of this size.
+    """
+    before = torch.get_num_threads()
+    jobs = jobs or min(before, _MOST_THREADS)
+    at_once = max(1, min(jobs, _SITES_AT_ONCE, len(sites)))
+    pool = ThreadPoolExecutor(at_once)
     torch.set_num_threads(1)
     try:
-        yield
+        with threads.at_most(-(-jobs // at_once)):
+            yield {site: pool.submit(copy_context().run, function, site) for site in sites}
     finally:
-        torch.set_num_threads(threads)
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
 
 
-def _refuse_non_finite(checkpoint: Planned, changes: dict[Site, WeightChange]) -> None:
-    bad = [(site, change) for site, change in changes.items() if change.non_finite]
+def _refuse_non_finite(checkpoint: Planned, rows: Sequence[Row]) -> None:
+    bad = [row for row in rows if row["non_finite"]]
     if bad:
-        site, change = bad[0]
         raise CheckpointError(
-            f"{checkpoint.path} or its base holds NaN or Inf in {change.non_finite} of "
-            f"{len(change.units)} units of {site.name} ({len(bad)} such weights): leave it out, or "
-            "pass keep_non_finite=True (--keep-non-finite) to have such weights as rows of NaN."
+            f"{checkpoint.path} or its base holds NaN or Inf in {bad[0]['non_finite']} of "
+            f"{bad[0]['units']} units of {bad[0]['site']} ({len(bad)} such weights): leave it out, "
+            "or pass keep_non_finite=True (--keep-non-finite) to have such weights as rows of NaN."
         )
 
 

@@ -53,7 +53,9 @@ Examples:
     help="Modules that store (in, out), where no config.json tells; can be repeated.",
 )
 @click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Weights at once."
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Threads that measure.  [default: one for each core, at most 16]",
 )
 @click.option("--resume", is_flag=True, help="Go on with the interrupted comparison in --out.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -12,7 +13,8 @@ import torch
 
 import dora_dynamics as dd
 from dora_dynamics import run_directory
-from dora_dynamics.checkpoints import CheckpointError, compare, compare_checkpoints
+from dora_dynamics._kernels import threads
+from dora_dynamics.checkpoints import CheckpointError, compare, compare_checkpoints, updates
 from dora_dynamics.run_directory import RunDirectoryError, load_runs, read_info
 
 from .models import bert, state
@@ -174,10 +176,35 @@ def test_jobs_and_progress(files: Path) -> None:
     one = run(files, jobs=1, out=None, progress=lambda done, total: seen.append((done, total)))
     assert sum(done for done, _ in seen) == seen[0][1] == 3 * 2 * 2 * 8 * 6 * 4
     pd.testing.assert_frame_equal(run(files, jobs=3, out=None), one, check_exact=True)
+    pd.testing.assert_frame_equal(run(files, out=None), one, check_exact=True)
     with pytest.raises(ValueError, match="jobs must be at least 1"):
         run(files, jobs=0)
     with pytest.raises(ValueError, match="axis must be"):
         run(files, axis="sideways")
+
+
+@pytest.mark.parametrize(("sites", "jobs", "within"), [(1, 6, 6), (2, 6, 3), (2, 1, 1)])
+def test_jobs_are_threads(
+    files: Path, sites: int, jobs: int, within: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights at once, and the rest of the threads within each of them; torch's own put aside."""
+    meeting, seen, change_of = threading.Barrier(min(sites, jobs)), set(), updates.change_of
+
+    def meet(*arguments: Any) -> Any:
+        meeting.wait(30)
+        seen.add((threads._limit.get(), torch.get_num_threads()))
+        return change_of(*arguments)
+
+    monkeypatch.setattr(compare, "change_of", meet)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        targets = ["*layers.0*q_proj", "*layers.1*q_proj"][:sites]
+        compare_checkpoints(files / "base.safetensors", files / "run", targets, jobs=jobs)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {(within, 1)}
 
 
 def test_rows_are_appended_by_the_run_directorys_own_writer(

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -60,6 +62,19 @@ def test_layouts_of_the_two_may_differ(path: Any) -> None:
 def test_a_row_longer_than_a_block(path: Any) -> None:
     before, after = changed((2, 300_001), torch.bfloat16)
     assert_sums(sums(path, before, after), before, after)
+
+
+@pytest.mark.parametrize("columns", [6, 7, 9000, 300_000])
+@pytest.mark.parametrize("offsets", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_bfloat16_at_any_half_of_a_word(path: Any, columns: int, offsets: tuple[int, int]) -> None:
+    pair = changed((3, columns), torch.bfloat16)
+    shifted = []
+    for weight, offset in zip(pair, offsets, strict=True):
+        room = torch.zeros(weight.numel() + offset, dtype=torch.bfloat16)
+        room[offset:] = weight.flatten()
+        shifted.append(room[offset:].view(weight.shape))
+        assert shifted[-1].data_ptr() % 4 == 2 * offset
+    assert_sums(sums(path, *shifted), *pair)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -124,6 +139,22 @@ def test_a_failing_task_is_told() -> None:
 
     with pytest.raises(RuntimeError, match="told"):
         threads.run_all([fail] * 8, worth_threads=True)
+
+
+def test_at_most_so_many_threads_take_part() -> None:
+    """Whatever torch is set to use, also in a copy of the context in another thread."""
+    meeting = threading.Barrier(3)
+
+    def meet() -> None:
+        meeting.wait(30)
+
+    with threads.at_most(3), ThreadPoolExecutor(1) as pool:
+        together = partial(threads.run_all, [meet] * 3, worth_threads=True)
+        pool.submit(copy_context().run, together).result()
+    seen = set()
+    with threads.at_most(1):
+        threads.run_all([lambda: seen.add(threading.get_ident())] * 20, worth_threads=True)
+    assert seen == {threading.get_ident()}
 
 
 def test_memory_is_a_block_and_not_a_copy() -> None:
