@@ -14,6 +14,7 @@ import torch
 
 from dora_dynamics._kernels import threads
 from dora_dynamics.checkpoints.catalogue import tensor_name
+from dora_dynamics.checkpoints.discover import hub_name
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.plan import (
     Options,
@@ -26,7 +27,7 @@ from dora_dynamics.checkpoints.plan import (
     site_bytes,
 )
 from dora_dynamics.checkpoints.running import Output, Row
-from dora_dynamics.checkpoints.updates import change_of
+from dora_dynamics.checkpoints.updates import Built, change_of
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
 from dora_dynamics.run_directory import RunInfo
@@ -46,7 +47,8 @@ Progress = Callable[[int, int], None]
 _MOST_THREADS: Final = 16
 """Threads by default, at most: enough for any memory's bandwidth; each holds a few MiB."""
 _SITES_AT_ONCE: Final = 4
-"""More sites are not measured at once, so that memory stays bounded."""
+"""More sites are not measured at once, so that memory stays bounded; of weights that are built as
+a whole, one."""
 
 
 def compare_checkpoints(
@@ -184,7 +186,8 @@ def _measure(
         return to_row(site, change, head=site.head)
 
     rows = []
-    with _in_threads(row, list(updates), jobs) as measured:
+    built = any(isinstance(update, Built) for update in updates.values())
+    with _in_threads(row, list(updates), jobs, 1 if built else _SITES_AT_ONCE) as measured:
         for site, future in measured.items():
             rows.append(future.result())
             if progress is not None:
@@ -194,15 +197,15 @@ def _measure(
 
 @contextmanager
 def _in_threads(
-    function: Callable[[Site], Row], sites: Sequence[Site], jobs: int | None
+    function: Callable[[Site], Row], sites: Sequence[Site], jobs: int | None, most: int
 ) -> Iterator[dict[Site, Future[Row]]]:
-    """`function` of each site over `jobs` threads: some sites at once, the rest within each.
+    """`function` of each site over `jobs` threads: at most `most` sites at once, each over more.
 
     Torch's own threads are put aside: they cost more than they give on blocks of this size.
     """
     before = torch.get_num_threads()
     jobs = jobs or min(before, _MOST_THREADS)
-    at_once = max(1, min(jobs, _SITES_AT_ONCE, len(sites)))
+    at_once = max(1, min(jobs, most, len(sites)))
     pool = ThreadPoolExecutor(at_once)
     torch.set_num_threads(1)
     try:
@@ -244,7 +247,7 @@ def _info(plan: Plan, run: str, method: str, axis: Axis) -> RunInfo:
         targets=[t if isinstance(t, str) else t.pattern for t in plan.targets],
         sites=[site.key for site in plan.sites],
         baseline=f"the checkpoint {plan.base.path}, as stored",
-        model=f"{model} ({plan.base.path.name})",
+        model=f"{model} ({hub_name(plan.base.path)})",
         hyperparameters={
             "source": "checkpoints",
             "base": str(plan.base.path.resolve()),

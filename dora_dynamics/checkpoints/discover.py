@@ -14,6 +14,8 @@ from dora_dynamics.checkpoints.opening import is_checkpoint, step_in_name
 
 _HUB_NAME: Final = re.compile(r"(?:[\w.-]+/)?\w[\w.-]*(?:@[\w./-]+)?")
 _SUFFIXES: Final = (".safetensors", *TORCH_SUFFIXES)
+_COPIES: Final = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
+"""The same weights once more, in the form of other programs."""
 _LOOK_ALIKES: Final = frozenset(
     {"optimizer.pt", "scheduler.pt", "training_args.bin", "scaler.pt", "optimizer.bin"}
 )
@@ -31,8 +33,6 @@ def locate(path: str | os.PathLike[str]) -> Path:
             return local
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)[:200]!r} is not a usable path.") from error
-    if _HUB_NAME.fullmatch(str(path)) and not local.suffix:
-        return _fetch(str(path))
     if _HUB_NAME.fullmatch(str(path)) and local.suffix not in (*_SUFFIXES, ".json"):
         return _fetch(str(path))
     raise CheckpointError(f"{path} does not exist.")
@@ -84,8 +84,9 @@ def _children(path: Path) -> list[Path]:
     files = [
         entry for entry in entries if entry.suffix in _SUFFIXES and entry.name not in _LOOK_ALIKES
     ]
-    if len(files) > 1 and all(step_in_name(file) is not None for file in files):
-        return _in_step_order(files)
+    numbered = [file for file in files if step_in_name(file) is not None]
+    if len(numbered) == len(files) > 1 or (numbered and any(f.suffix == ".ckpt" for f in files)):
+        return _in_step_order(numbered)  # beside Lightning's, a last.ckpt is a copy
     if len(files) == 1:
         return files
     return [path]
@@ -105,6 +106,12 @@ def _in_step_order(paths: list[Path]) -> list[Path]:
     return sorted(paths, key=key)
 
 
+def hub_name(path: Path) -> str:
+    """The hub name of a snapshot in the hub's cache; the last part of any other path."""
+    folder = path.parent.parent.name if path.parent.name == "snapshots" else ""
+    return folder.removeprefix("models--").replace("--", "/") or path.name
+
+
 def _fetch(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
@@ -116,7 +123,12 @@ def _fetch(name: str) -> Path:
     patterns = ["*.json", "*.safetensors"]
     try:
         folder = Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=patterns,
+                ignore_patterns=_COPIES,
+            )
         )
         if not any(folder.rglob("*.safetensors")):
             snapshot_download(

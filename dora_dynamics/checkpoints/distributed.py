@@ -11,6 +11,7 @@ import io
 import struct
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,8 @@ from dora_dynamics.checkpoints.safetensors_file import map_tensor
 from dora_dynamics.checkpoints.stored import Contents, StoredTensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 METADATA: Final = ".metadata"
@@ -142,7 +145,16 @@ def _tensor(
     covered = sum(_count(piece.sizes) for piece in pieces)
     if covered != _count(shape):
         raise _malformed(folder, f"the chunks of {name!r} do not make up the whole of it")
-    return StoredTensor(shape, dtype, lambda: _assemble(shape, dtype, pieces), folder)
+    blocks: tuple[tuple[int, Callable[[], Tensor]], ...] = ()
+    whole_rows = [piece for piece in pieces if piece.sizes[1:] == shape[1:] and piece.sizes[:1]]
+    if len(whole_rows) == len(pieces) > 1:
+        whole_rows.sort(key=lambda piece: piece.offsets)
+        blocks = tuple(
+            (piece.offsets[0], partial(_load_chunk, piece, dtype))
+            for piece in whole_rows
+            if _count(piece.sizes)
+        )
+    return StoredTensor(shape, dtype, lambda: _assemble(shape, dtype, pieces), folder, blocks)
 
 
 def _assemble(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Chunk]) -> Tensor:

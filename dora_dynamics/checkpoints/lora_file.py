@@ -28,6 +28,8 @@ _PARTS: Final = {
     "lora_mid.weight": "mid",
     "lora.down.weight": "down",
     "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
     "lora_A.weight": "down",
     "lora_B.weight": "up",
     "lora_A.default.weight": "down",
@@ -48,6 +50,14 @@ _PARTS: Final = {
         )
     },
 }
+_OTHER_LYCORIS: Final = {
+    "oft_blocks": "OFT",
+    "oft_diag": "OFT",
+    "a1.weight": "GLoRA",
+    "b1.weight": "GLoRA",
+    "on_input": "(IA)³",
+}
+"""How to tell LyCORIS's other kinds, whose formulas are not read from files."""
 _OLD_DIFFUSERS: Final = re.compile(r"^(.*)\.processor\.(to_\w+)_lora\.(down|up)\.weight$")
 _COMPONENTS: Final = {
     "lora_unet_": "unet.",
@@ -80,8 +90,16 @@ class Adapted:
 
 def is_lora_file(tensors: Iterable[str]) -> bool:
     """Whether the names are those of a LoRA file rather than of a model."""
-    adapting = {part for name in tensors if (part := _split(name)[1]) is not None}
-    return bool(adapting - {"alpha", "diff", "diff_b", "magnitude", "dora_scale"})
+    parts = [_split(name)[1] for name in tensors]
+    if any(_other_kind(name) and name.startswith(tuple(_COMPONENTS)) for name in tensors):
+        return True
+    adapting = {part for part in parts if part is not None}
+    full = bool(adapting) and None not in parts  # differences alone: LyCORIS's "full"
+    return full or bool(adapting - {"alpha", "diff", "diff_b", "magnitude", "dora_scale"})
+
+
+def _other_kind(name: str) -> str | None:
+    return next((kind for end, kind in _OTHER_LYCORIS.items() if name.endswith(f".{end}")), None)
 
 
 def read_lora_file(contents: Contents, base: Mapping[str, StoredTensor]) -> Adapted:
@@ -98,6 +116,7 @@ def read_lora_file(contents: Contents, base: Mapping[str, StoredTensor]) -> Adap
             unread.append(name)
         else:
             groups.setdefault(owner, {})[part] = tensor
+    _refuse_unreadable(contents)
     scalings = _metadata_scalings(contents.metadata)
     modules = {name.removesuffix(".weight") for name in base if name.endswith(".weight")}
     finder = _Finder(modules)
@@ -122,13 +141,34 @@ def read_lora_file(contents: Contents, base: Mapping[str, StoredTensor]) -> Adap
     if not updates:
         raise CheckpointError(
             f"{contents.path} adapts no layer of this base (its first layer is "
-            f"{next(iter(groups))!r}): it belongs to another base."
+            f"{next(iter(groups), 'missing')!r}): it belongs to another base"
+            f"{_in_diffusers_form(base)}."
         )
     notes = []
     if unread:
         notes.append(f"{contents.path.name}: {len(unread)} tensors were not read: {unread[0]}, …")
     method = methods.pop() if len(methods) == 1 else "LyCORIS"
     return Adapted(updates, method, unmatched, notes)
+
+
+def _refuse_unreadable(contents: Contents) -> None:
+    other = {kind for name in contents.tensors if (kind := _other_kind(name)) is not None}
+    if other:
+        raise CheckpointError(
+            f"{contents.path} holds layers of LyCORIS's {', '.join(sorted(other))}, whose formulas "
+            "are not read from files: merge it into its base and compare the merged checkpoint."
+        )
+    if any(name.startswith("base_model.model.") for name in contents.tensors):
+        raise CheckpointError(
+            f"{contents.path} holds the tensors of a PEFT adapter, whose scaling is in its "
+            "adapter_config.json: put the two into one folder and give that."
+        )
+
+
+def _in_diffusers_form(base: Iterable[str]) -> str:
+    if any(name.startswith("model.diffusion_model.") for name in base):
+        return ", or its layers go by the names of diffusers: give the base in that form"
+    return ""
 
 
 def _split(name: str) -> tuple[str, str | None]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.lora_file import Adapted
 from dora_dynamics.checkpoints.naming import align, plain
 from dora_dynamics.checkpoints.peft_layer import LAYERWISE, LayerRecipe, need_peft
-from dora_dynamics.checkpoints.updates import Factors, Replaced
+from dora_dynamics.checkpoints.updates import Built, Factors, Replaced
 
 if TYPE_CHECKING:
     from dora_dynamics.checkpoints.stored import Contents, StoredTensor
@@ -27,6 +29,7 @@ _LORA_PARTS: Final = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
+_TRAINED_TOKENS: Final = "token_adapter.trainable_tokens_delta"
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NOT_A_WEIGHT: Final = {
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
@@ -79,12 +82,11 @@ def read_peft_adapter(contents: Contents, base: Mapping[str, StoredTensor]) -> A
         updates = _norms(found)
         method = "LN tuning"
     elif kind == "LORA" and not any(config.get(key) for key in _OTHER_FORMULA):
-        updates = {
-            f"{module}.weight": _lora(
-                found.paths[module], parts, contents, base[f"{module}.weight"]
-            )
-            for module, parts in found.layers.items()
-        }
+        updates = {}
+        for module, parts in found.layers.items():
+            update = _tokens if _TRAINED_TOKENS in parts else _lora
+            weight = base[f"{module}.weight"]
+            updates[f"{module}.weight"] = update(found.paths[module], parts, contents, weight)
         method = "DoRA" if config.get("use_dora") else "LoRA"
     else:
         updates = _built(kind, found, contents, base)
@@ -252,6 +254,28 @@ def _lora(
     )
     _check_factors(module, contents, base, A, B, m, embedding=embedding)
     return update
+
+
+def _tokens(
+    module: str, tensors: Mapping[str, StoredTensor], contents: Contents, base: StoredTensor
+) -> Built:
+    """A LoRA adapter's `trainable_token_indices`: some rows of an embedding are its own."""
+    rows, indices = tensors[_TRAINED_TOKENS], contents.adapter_config.get("trainable_token_indices")
+    if isinstance(indices, Mapping):
+        indices = next((i for key, i in indices.items() if f".{module}".endswith(f".{key}")), None)
+    known = isinstance(indices, list) and all(type(i) is int for i in indices)
+    if not known or not all(0 <= i < base.shape[0] for i in indices or ()):
+        raise CheckpointError(
+            f"{contents.path}: the trainable_token_indices of {module} are not tokens of this base."
+        )
+    if rows.shape != (len(indices or ()), *base.shape[1:]):
+        raise CheckpointError(
+            f"{contents.path}: the trained tokens of {module} do not fit its base."
+        )
+    where = torch.tensor(indices)
+    return Built(
+        (rows,), lambda weight, _: weight.index_copy(0, where, rows.load().to(torch.float64))
+    )
 
 
 def _linear_factors(A: StoredTensor, B: StoredTensor) -> Any:

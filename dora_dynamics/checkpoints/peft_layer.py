@@ -146,7 +146,7 @@ def need_peft(contents: Contents) -> None:
         kind = contents.adapter_config.get("peft_type")
         raise CheckpointError(
             f"{contents.path} is of the kind {kind}, which PEFT has to build layer by layer: "
-            "pip install dora-dynamics[hf]."
+            "pip install 'dora-dynamics[hf]'."
         ) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dora_dynamics.checkpoints.catalogue import choose_sites, tensor_name
-from dora_dynamics.checkpoints.discover import expand, locate
+from dora_dynamics.checkpoints.discover import expand, hub_name, locate
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.lora_file import Adapted, read_lora_file
 from dora_dynamics.checkpoints.naming import align, plain_names
@@ -232,7 +232,7 @@ def _planned(base: Base, sites: Sequence[Site], path: Path, step: int) -> Planne
     notes = list(adapted.notes)
     config = open_checkpoint(path).adapter_config if adapted.method != "FT" else {}
     named = named_base(config)
-    if named is not None and Path(named).name != base.path.name:
+    if named is not None and Path(named).name != Path(hub_name(base.path)).name:
         notes.append(f"the adapter names {named} as its base; it is compared with {base.path}")
     return Planned(
         path,

@@ -29,6 +29,9 @@ _DTYPES: Final[dict[str, torch.dtype]] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.uint8,  # a scale of other tensors, of no use alone
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,

@@ -24,12 +24,15 @@ class StoredTensor:
         dtype: its element type.
         load: gives the tensor, memory-mapped where the format allows it.
         file: the file that holds it.
+        blocks: first row and loader of each block of whole rows that it is saved in, in order;
+            () where it is saved in one, or otherwise. `load` puts blocks together in memory.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
     file: Path
+    blocks: tuple[tuple[int, Callable[[], Tensor]], ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -120,6 +120,8 @@ def change_of(site: Site, base: StoredTensor, update: Update, axis: Axis) -> Wei
 
 
 def _replaced(site: Site, base: StoredTensor, other: StoredTensor, axis: Axis) -> WeightChange:
+    if other.blocks and base.shape == other.shape and axis == "output" and _units_are_rows(site):
+        return _in_stored_blocks(base, other)
     before, after = base.load(), other.load()
     if before.shape != after.shape:
         shared = min(len(before), len(after))
@@ -127,6 +129,25 @@ def _replaced(site: Site, base: StoredTensor, other: StoredTensor, axis: Axis) -
     if before.dtype == after.dtype and not _is_a_slice_of_columns(site):
         return measurement.measure(site, before, Dense(after), axis)
     return _in_blocks(site.oriented(before), site.oriented(after), axis)
+
+
+def _units_are_rows(site: Site) -> bool:
+    whole = site.rows is None and site.expert is None
+    return whole and site.kind in ("matrix", "embedding") and not site.stored_transposed
+
+
+def _in_stored_blocks(base: StoredTensor, other: StoredTensor) -> WeightChange:
+    """Of a sharded checkpoint each block of rows by itself, so that none is put together."""
+    own = dict(base.blocks)
+    whole = base.load() if own.keys() != dict(other.blocks).keys() else None
+    parts = []
+    for start, load in other.blocks:
+        after = load()
+        before = own[start]() if whole is None else whole[start : start + len(after)]
+        same = before.dtype == after.dtype
+        change = weight_change(before, after) if same else _in_blocks(before, after, "output")
+        parts.append(change.units)
+    return reduce_units(_joined(parts), "output")
 
 
 def _is_a_slice_of_columns(site: Site) -> bool:

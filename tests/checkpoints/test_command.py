@@ -102,6 +102,20 @@ def test_patterns_and_steps(folder: Path) -> None:
     assert [(row["step"], row["layer"]) for row in rows] == [(1, 0), (2, 0)]
 
 
+def test_the_bar_tells_bytes_per_second(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(folder / "base"), str(folder / "run"), "--targets", "query"]
+    main.main(["compare", *arguments], standalone_mode=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    main.main(["compare", *arguments], standalone_mode=False)
+    bar = capsys.readouterr().err
+    assert "comparing: 100%" in bar
+    assert "18.0k/18.0k" in bar
+    assert "B/s" in bar
+
+
 def test_help_does_not_import_torch() -> None:
     code = (
         "import sys; from dora_dynamics.commands.compare import compare\n"

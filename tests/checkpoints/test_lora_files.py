@@ -97,13 +97,15 @@ def test_components_of_a_pipeline(tmp_path: Path) -> None:
     assert sorted(listed) == sorted(names[1:])
 
 
-@pytest.mark.parametrize("style", ["peft", "diffusers", "processor"])
+@pytest.mark.parametrize("style", ["peft", "diffusers", "linear_layer", "processor"])
 def test_dotted_names(tmp_path: Path, style: str) -> None:
     down, up = torch.randn(2, 8), torch.randn(12, 2)
     stem, leaf = LINEAR.rsplit(".", 1)
     first, second = {
         "peft": (f"unet.{LINEAR}.lora_A.weight", f"unet.{LINEAR}.lora_B.weight"),
         "diffusers": (f"unet.{LINEAR}.lora.down.weight", f"unet.{LINEAR}.lora.up.weight"),
+        "linear_layer": (f"unet.{LINEAR}.lora_linear_layer.down.weight",
+                         f"unet.{LINEAR}.lora_linear_layer.up.weight"),
         "processor": (f"unet.{stem}.processor.{leaf}_lora.down.weight",
                       f"unet.{stem}.processor.{leaf}_lora.up.weight"),
     }[style]  # fmt: skip
@@ -206,4 +208,36 @@ def test_a_lora_of_another_model_is_refused(tmp_path: Path) -> None:
     save(base(), tmp_path / "base.safetensors")
     file = save(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match="another base"):
+        compare_checkpoints(tmp_path / "base.safetensors", file)
+
+
+def test_differences_alone_are_lycoris_full(tmp_path: Path) -> None:
+    update = 0.1 * torch.randn(12, 8)
+    tensors = {f"lycoris_{LINEAR.replace('.', '_')}.diff": update}
+    save(base(), tmp_path / "base.safetensors")
+    table = compare_checkpoints(
+        tmp_path / "base.safetensors", save(tensors, tmp_path / "full.safetensors")
+    )
+    after = {f"{LINEAR}.weight": base()[f"{LINEAR}.weight"].double() + update}
+    check(table, base(), after)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("oft_blocks", "OFT"), ("a1.weight", "GLoRA"), ("on_input", r"\(IA\)³")]
+)
+def test_other_kinds_of_lycoris_are_refused(tmp_path: Path, part: str, kind: str) -> None:
+    tensors = {f"{flat(LINEAR)}.{part}": torch.ones(2, 2), f"{flat(LINEAR)}.alpha": torch.ones(())}
+    save(base(), tmp_path / "base.safetensors")
+    file = save(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=f"LyCORIS's {kind}, .* compare the merged"):
+        compare_checkpoints(tmp_path / "base.safetensors", file)
+
+
+def test_a_base_in_another_form_is_said(tmp_path: Path) -> None:
+    tensors = {f"{flat(LINEAR)}.lora_down.weight": torch.ones(2, 8),
+               f"{flat(LINEAR)}.lora_up.weight": torch.ones(12, 2)}  # fmt: skip
+    save({"model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(8, 8)},
+         tmp_path / "base.safetensors")  # fmt: skip
+    file = save(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match="names of diffusers: give the base in that form"):
         compare_checkpoints(tmp_path / "base.safetensors", file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -262,3 +263,46 @@ def test_negative_magnitudes_turn_their_units(tmp_path: Path) -> None:
     table = compare_checkpoints(tmp_path / "base", tmp_path / "adapter")
     assert table["delta_direction"].max() > 0.5
     check(table, state(bert()), merged(bert(), tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    "indices", [[1, 3], {"embed_tokens": [3, 1, 7]}, {"embed_tokens": [3], "lm_head": [2, 5]}]
+)
+def test_trained_tokens_beside_lora(tmp_path: Path, indices: Any) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], use_dora=True, trainable_token_indices=indices
+    )
+    train_and_save(llama(), config, tmp_path / "adapter")
+    table = compare_checkpoints(tmp_path / "base", tmp_path / "adapter")
+    assert len(table) == 2 + (len(indices) if isinstance(indices, dict) else 1)
+    check(table, state(llama()), merged(llama(), tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    good = json.loads(file.read_text())
+    for change in ([1, 3000], None, [1], ["a", "b"], {"other": [1]}):
+        file.write_text(json.dumps({**good, "trainable_token_indices": change}))
+        with pytest.raises(CheckpointError, match="token"):
+            compare_checkpoints(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_without_peft_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert().save_pretrained(tmp_path / "base")
+    names = {"loha": peft.LoHaConfig(r=2), "ia3": peft.IA3Config(feedforward_modules=[])}
+    for name, config in {**names, "vera": peft.VeraConfig(r=2)}.items():
+        config.target_modules = ["query"]
+        train_and_save(bert(), config, tmp_path / name)
+    train_and_save(bert(), peft.LoraConfig(r=2, target_modules=["query"]), tmp_path / "lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for name in ("loha", "ia3", "vera"):
+        with pytest.raises(CheckpointError, match=re.escape("pip install 'dora-dynamics[hf]'")):
+            compare_checkpoints(tmp_path / "base", tmp_path / name)
+    assert len(compare_checkpoints(tmp_path / "base", tmp_path / "lora")) == 2
+
+
+def test_an_adapters_tensors_without_its_configuration(tmp_path: Path) -> None:
+    """Their scaling is not in them: it is not guessed."""
+    bert().save_pretrained(tmp_path / "base")
+    train_and_save(bert(), peft.LoraConfig(r=2, target_modules=["query"]), tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "loose.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: put the two into one folder"):
+        compare_checkpoints(tmp_path / "base", tmp_path / "loose.safetensors")

@@ -254,3 +254,13 @@ def test_steps_that_do_not_tell_or_clash(tmp_path: Path, base: Path) -> None:
     assert list(table["step"]) == [3, 9]
     with pytest.raises(CheckpointError, match="1 steps were given for 2"):
         compare_checkpoints(base, [paths["a"], paths["b"]], ["query"], steps=[9])
+
+
+def test_a_folder_of_lightnings_with_a_copy_of_the_last(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name, step in (("epoch=0-step=20", 20), ("epoch=0-step=5", 5), ("last", 20)):
+        _save({"state_dict": tensors(step), "global_step": step}, folder / f"{name}.ckpt")
+    assert list(compare_checkpoints(base, folder, ["query"])["step"]) == [5, 20]
+    with pytest.raises(CheckpointError, match="both of step 20"):
+        compare_checkpoints(base, str(folder / "*.ckpt"), ["query"])
