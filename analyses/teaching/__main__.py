@@ -19,7 +19,6 @@ from analyses.finetuning.sweep import Job
 from analyses.teaching import animation, gallery, gradient, orthogonal_update, simpson, vectors
 from analyses.teaching import weight_decay as decay
 from dora_dynamics import provenance
-from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -123,5 +122,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"analyses.teaching: {error}") from None

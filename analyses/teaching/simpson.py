@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Labels = Literal["printed", "reordered"]
 
 METHODS: Final = ("FT", "LoRA", "DoRA")
-STEPS: Final = {1: ("#B8CBE0", "^"), 2: ("#6FA0CC", "s"), 3: ("#2F76B2", "D"), 4: ("#08306B", "o")}
+STEPS: Final = {1: ("#93B5DA", "^"), 2: ("#5B8FC7", "s"), 3: ("#2563A3", "D"), 4: ("#08306B", "o")}
 """Colour and marker of each checkpoint: darker is later."""
 
 
@@ -89,7 +89,7 @@ def picture() -> Picture:
 
 def draw(style: StyleName) -> StyledFigure:
     """Five panels: the points pooled, by checkpoint (twice), by weight, and all r together."""
-    figure, _ = look.figure(style, slide=7.6, column=9.2)
+    figure, _ = look.figure(style, slide=7.6, column=8.7)
     with figure.drawing():
         if style == "slide":
             rows = figure.add_gridspec(2, 1)
