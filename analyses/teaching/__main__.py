@@ -18,6 +18,7 @@ from analyses.finetuning import sweep
 from analyses.finetuning.sweep import Job
 from analyses.teaching import animation, gallery, gradient, orthogonal_update, simpson, vectors
 from analyses.teaching import weight_decay as decay
+from analyses.teaching.picture import STYLES
 from dora_dynamics import provenance
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES))
     parser.add_argument("--runs", nargs="+", type=Path, help="run directories of FT, LoRA and DoRA")
     parser.add_argument("--role", default="query", help="which weights the animation shows")
     parser.add_argument("--steps", type=int, default=60, help="of the training it records itself")
@@ -103,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             picture, films, about["runs"] = moving(runs, options.role, folder / name)
         else:
             picture = PICTURES[name]()
-        files = [*films, *picture.save(folder)]
+        files = [*films, *picture.save(folder, options.styles)]
         print(f"{picture.title}: {', '.join(map(str, files))}")
         figures[name] = {
             "title": picture.title,

@@ -202,8 +202,10 @@ def test_frames_move_and_end_with_the_last_rows() -> None:
     table = trajectory(layers=3, steps=(0, 5, 10, 20), stacks=[""])
     motion = animation.Motion(table, "query")
     assert motion.shares == [0.25, 0.5, 1.0]
+    limits = set()
     for share, step in zip(motion.shares, (5, 10, 20), strict=True):
         figure = animation.frame(motion, "slide", share)
+        limits.add(figure.axes[0].get_xlim())
         assert figure.get_suptitle().startswith(f"step {step} ")
         for axes, method in zip(figure.axes, animation.METHODS, strict=True):
             rows = table[(table["method"] == method) & (table["step"] == step)]
@@ -212,11 +214,6 @@ def test_frames_move_and_end_with_the_last_rows() -> None:
             np.testing.assert_array_equal(drawn, expected)
             value = np.corrcoef(expected.T)[0, 1]
             assert numbers(axes.texts[-2].get_text()) == pytest.approx([value], abs=0.005)
-    limits = {
-        tuple(axes.get_xlim())
-        for share in motion.shares
-        for axes in animation.frame(motion, "column", share).axes[:1]
-    }
     assert len(limits) == 1
 
 
@@ -241,12 +238,12 @@ def test_films_are_small_and_show_every_frame(
 ) -> None:
     table = trajectory(layers=3, steps=(0, 10, 20), stacks=[""])
     motion = animation.Motion(table, "query")
-    if shutil.which("ffmpeg"):
-        gif, film = animation.write(motion, tmp_path / "film")
-        assert film.suffix in (".mp4", ".webm")
-        assert film.stat().st_size > 3_000
+    gif, *films = animation.write(motion, tmp_path / "film")
+    assert [film.suffix in (".mp4", ".webm") for film in films] == [True] * len(films)
+    assert bool(films) == bool(shutil.which("ffmpeg"))
+    assert all(film.stat().st_size > 3_000 for film in films)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    (gif,) = animation.write(motion, tmp_path / "alone")
+    assert animation._film([], [], tmp_path / "none") == []
     with Image.open(gif) as image:
         assert image.n_frames == 2  # type: ignore[attr-defined]
         assert image.width == animation.PIXELS
@@ -276,10 +273,10 @@ def recorded(method: str, folder: Path) -> Path:
 
 def test_the_recipe_from_recorded_runs(tmp_path: Path) -> None:
     runs = [recorded(method, tmp_path / "runs" / method) for method in animation.METHODS]
-    arguments = ["--only", "vectors", "animation", "--out", str(tmp_path)]
+    arguments = ["--only", "animation", "--styles", "column", "--out", str(tmp_path)]
     teaching.main([*arguments, "--runs", *map(str, runs)])
     results = gallery.Results.read(tmp_path / "analyses" / "results" / "teaching.json")
-    assert list(results.figures) == ["vectors", "animation"]
+    assert list(results.figures) == ["animation"]
     assert [run["method"] for run in results.about["runs"]] == list(animation.METHODS)
     page = (tmp_path / "figures" / "README.md").read_text(encoding="utf-8")
     for figure in results.figures.values():

@@ -89,7 +89,7 @@ def test_figures_fit_a_column_or_the_page(draw: Draw, style: str, widths: set[fl
 
 
 def test_column_style_puts_panels_below_each_other_and_one_legend(draw: Draw) -> None:
-    figure = draw(trajectory(roles=["query", "value"], layers=4), style="column")
+    figure = draw(trajectory(["FT", "DoRA"], roles=["query", "value"], layers=3), style="column")
     figure.draw_without_rendering()
     left = [axes.get_position().x0 for axes in figure.axes]
     top = [axes.get_position().y1 for axes in figure.axes]
@@ -200,7 +200,7 @@ def test_methods_differ_by_colour_and_marker_for_every_reader() -> None:
 
 
 def test_figures_say_in_words_what_they_show(draw: Draw, tmp_path: Path) -> None:
-    figure = draw(trajectory(), title="A <title> & more")
+    figure = draw(trajectory(layers=3, stacks=[""]), title="A <title> & more")
     (path,) = save(figure, tmp_path / "figure", ["svg"])
     root = ElementTree.parse(path).getroot()
     title, description = (root.find(f"{SVG}{name}") for name in ("title", "desc"))
