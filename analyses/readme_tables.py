@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
-from analyses import architecture_table, support_table
+from analyses import architecture_table, support_table, walkthrough
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -133,6 +133,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "architectures": architecture_table.table,
     "checkpoints": checkpoints,
     "peft": support_table.table,
+    "walkthrough": walkthrough.block,
 }
 
 

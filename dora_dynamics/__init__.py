@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dora_dynamics.decomposition import low_rank_change as low_rank_change
     from dora_dynamics.decomposition import magnitude as magnitude
     from dora_dynamics.decomposition import weight_change as weight_change
+    from dora_dynamics.diagnosis import Diagnosis as Diagnosis
+    from dora_dynamics.diagnosis import diagnose as diagnose
     from dora_dynamics.effective import effective_weight as effective_weight
     from dora_dynamics.effective import register_dequantizer as register_dequantizer
     from dora_dynamics.effective import register_effective_weight as register_effective_weight
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Diagnosis": "diagnosis",
     "Recorder": "recorder",
     "UnitChange": "decomposition",
     "WeightChange": "decomposition",
@@ -45,6 +48,7 @@ _HOME = {
     "capture_baseline": "baseline",
     "compare_checkpoints": "checkpoints",
     "coupling": "statistics",
+    "diagnose": "diagnosis",
     "direction": "decomposition",
     "effective_weight": "effective",
     "load_runs": "run_directory",

@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "sites": "List the weights of a model that can be followed.",
     "runs": "Say what run directories hold.",
     "coupling": "How ΔM goes with ΔD in recorded runs, with intervals.",
+    "diagnose": "Whether a method changes weights as LoRA does or as full fine-tuning.",
     "plot": "Draw the paper's figure, and others, from recorded runs.",
     "report": "Write one HTML page of recorded runs, to explore offline.",
 }

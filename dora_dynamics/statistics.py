@@ -138,7 +138,7 @@ def coupling(
             points = _unit_rows(used, measures)
             counts = {"n": len(used), "cells": len(used)}
         else:
-            points = _panel(used, measures, level).usable()
+            points = panel(used, measures, level).usable()
             counts = {"n": int(points.present.sum()), "cells": points.cells}
         counts |= {"runs": points.runs, "layers": points.layers}
         counts["dropped"] = len(group) - counts["n"]
@@ -279,8 +279,11 @@ def _usable(frame: pd.DataFrame, measures: Iterable[str]) -> BoolArray:
     return usable
 
 
-def _layers(frame: pd.DataFrame) -> IntArray:
-    """Which layer each row belongs to: stack and layer number, or its site where it has none."""
+def layer_codes(frame: pd.DataFrame) -> IntArray:
+    """Which layer each row belongs to: stack and layer number, or its site where it has none.
+
+    Layers are numbered by first appearance.
+    """
     key = pd.DataFrame(index=frame.index)
     key["layer"] = _numbers(frame, "layer") if "layer" in frame else np.nan
     key["stack"] = frame["stack"].astype(object).fillna("") if "stack" in frame else ""
@@ -290,11 +293,29 @@ def _layers(frame: pd.DataFrame) -> IntArray:
 
 def _unit_rows(frame: pd.DataFrame, measures: Sequence[str]) -> UnitRows:
     values = np.stack([_numbers(frame, name) for name in measures], axis=-1)
-    return UnitRows(values, _layers(frame), _codes(frame, ["run"]))
+    return UnitRows(values, layer_codes(frame), _codes(frame, ["run"]))
 
 
-def _panel(frame: pd.DataFrame, measures: Sequence[str], level: PanelLevel) -> Panel:
-    """Lay rows out as (run, layer, slot, step), steps numbered within their run."""
+def panel(
+    frame: pd.DataFrame,
+    measures: Sequence[str],
+    level: PanelLevel,
+    *,
+    layers: IntArray | None = None,
+    runs: IntArray | None = None,
+) -> Panel:
+    """Lay rows out as (run, layer, slot, step), steps numbered within their run.
+
+    Args:
+        frame: rows of a trajectory.
+        measures: the columns of ΔD and ΔM.
+        level: which points make a cell.
+        layers: number of each row's layer; counted by first appearance if None.
+        runs: number of each row's run; likewise.
+
+    Raises:
+        ValueError: two rows describe the same point.
+    """
     place = [name for name in ("role", "head") if name in frame]
     repeated = frame.duplicated(["run", "step", "site", *place])
     if repeated.any():
@@ -303,13 +324,14 @@ def _panel(frame: pd.DataFrame, measures: Sequence[str], level: PanelLevel) -> P
             f"Two rows describe the same point (run {run}, step {step}, site {site}); "
             "give every run a name of its own."
         )
-    cluster = _layers(frame)
+    cluster = layer_codes(frame) if layers is None else layers
     key = frame[["site", *place]].assign(cluster=cluster)
     sites = key.drop_duplicates()
     turn = sites.groupby(["cluster", *place], sort=False, dropna=False).cumcount()
     slots = _codes(sites.assign(turn=turn), [*place, "turn"])
 
-    run, slot = _codes(frame, ["run"]), slots[_codes(key, list(key.columns))]
+    run = _codes(frame, ["run"]) if runs is None else runs
+    slot = slots[_codes(key, list(key.columns))]
     step = frame.groupby("run", dropna=False)["step"].rank(method="dense").to_numpy(np.intp) - 1
     index = (run, cluster, slot, step)
     shape = tuple(int(axis.max(initial=-1)) + 1 for axis in index)

@@ -1,0 +1,456 @@
+"""Diagnosis: its parts against independent computations, its verdicts on runs of known kind."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+from scipy import stats
+from torch import nn
+
+import dora_dynamics as dd
+from analyses import diagnosis_simulation, reference_runs
+from analyses.diagnosis_simulation import RIGHT
+from analyses.synthetic_runs import KINDS, Design, Kind, pretrained, study
+from dora_dynamics.cli import main
+from dora_dynamics.diagnosis.effective_rank import change_of, effective_rank, load_with_rank
+from dora_dynamics.diagnosis.inference import Inference, holm, infer, replicate
+from dora_dynamics.diagnosis.measures import BY_NAME, row_measures
+from dora_dynamics.diagnosis.readings import INDEX, Readings
+from dora_dynamics.diagnosis.references import recorded_runs
+from dora_dynamics.diagnosis.rules import Placement, decide
+from dora_dynamics.effective import Dense, LowRank
+from dora_dynamics.errors import InputError
+from dora_dynamics.sites import Site
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+diagnose = partial(dd.diagnose, resamples=200)
+
+DESIGNS: dict[Kind, Design] = {
+    "turning": Design("turning", 0.1),
+    "own magnitude": Design("own magnitude", 0.05, own=1.5),
+    "decay": Design("decay", 0.01, total_decay=0.05),
+    "noise": Design("noise", 0.003),
+}
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[Kind, pd.DataFrame]:
+    """Four runs of each kind, from one set of pre-trained weights in six layers."""
+    rng = np.random.default_rng(7)
+    weights = pretrained(6, rng)
+    return {kind: study(DESIGNS[kind], weights, 4, rng, kind) for kind in KINDS}
+
+
+def runs_of(table: pd.DataFrame, *numbers: int, method: str | None = None) -> pd.DataFrame:
+    chosen = table[table["run"].str[-1].isin([str(number) for number in numbers])]
+    return chosen if method is None else chosen.assign(method=method)
+
+
+@pytest.fixture(scope="module")
+def references(tables: dict[Kind, pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(
+        [
+            runs_of(tables["turning"], 2, 3, method="LoRA"),
+            runs_of(tables["own magnitude"], 2, 3, method="FT"),
+        ]
+    )
+
+
+class TestVerdict:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("numbers", [(0,), (0, 1)])
+    def test_a_method_of_known_kind_alone(
+        self, tables: dict[Kind, pd.DataFrame], kind: Kind, numbers: tuple[int, ...]
+    ) -> None:
+        found = diagnose(runs_of(tables[kind], *numbers), reference=None)
+        assert found.verdict in RIGHT[kind]
+        assert {s.mechanism for s in found.statements if s.holds} <= {kind}
+        assert (found.layers, found.runs, found.steps) == (6, len(numbers), (62, 75, 88, 100))
+        assert found.placement is None
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_against_references_of_the_same_weights(
+        self, tables: dict[Kind, pd.DataFrame], references: pd.DataFrame, kind: Kind
+    ) -> None:
+        found = diagnose(runs_of(tables[kind], 0, 1), references)
+        assert found.verdict in RIGHT[kind]
+        assert found.placement is not None
+        if kind == "turning":
+            assert found.placement.differs["LoRA"] == ()
+            assert abs(found.placement.position) < 0.5
+        if kind == "own magnitude":
+            assert found.placement.differs["FT"] == ()
+            assert abs(found.placement.position - 1) < 0.5
+        if kind in ("decay", "noise"):
+            assert found.placement.differs["LoRA"]
+            assert found.placement.differs["FT"]
+
+    def test_decay_says_to_run_without(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        found = diagnose(tables["decay"], reference=None)
+        assert found.confidence == "high"
+        assert any("weight decay 0" in tip for tip in found.advice)
+        said = str(found)
+        assert said.startswith("decay: decay (ΔM is the work of weight decay")
+        assert "Λ = 0.05 takes 4.9% off a weight" in " ".join(said.split())
+
+    def test_decay_that_is_not_known_is_not_decided(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        unknown = tables["decay"].assign(total_decay=np.nan)
+        found = diagnose(unknown, reference=None)
+        assert found.verdict == "undecided"
+        assert any("Λ is not known" in tip for tip in found.advice)
+        grown = diagnose(tables["turning"].assign(total_decay=np.nan), reference=None)
+        assert grown.verdict == "LoRA-like"
+
+    def test_one_run_of_each_calls_no_difference(
+        self, tables: dict[Kind, pd.DataFrame], references: pd.DataFrame
+    ) -> None:
+        single = references[references["run"].str.endswith("2")]
+        found = diagnose(runs_of(tables["turning"], 0), single)
+        assert found.placement is not None
+        assert set(found.placement.differs.values()) == {None}
+        assert "LoRA differs" not in found.table
+        assert any("one run" in tip for tip in found.advice)
+
+    def test_the_order_of_rows_does_not_matter(
+        self, tables: dict[Kind, pd.DataFrame], references: pd.DataFrame
+    ) -> None:
+        own = runs_of(tables["turning"], 0, 1)
+        first = diagnose(own, references)
+        second = diagnose(own.sample(frac=1, random_state=1), references)
+        pd.testing.assert_frame_equal(
+            first.table[["value", "LoRA", "FT"]], second.table[["value", "LoRA", "FT"]]
+        )
+        assert first.verdict == second.verdict
+
+    def test_other_methods_of_the_table_are_references(
+        self, tables: dict[Kind, pd.DataFrame], references: pd.DataFrame
+    ) -> None:
+        together = pd.concat([runs_of(tables["noise"], 0, 1), references])
+        found = diagnose(together, method="noise")
+        assert {"LoRA", "FT"} <= set(found.table.columns)
+        assert not any("MiniLM" in note for note in found.warnings)
+        with pytest.raises(InputError, match="holds 3 methods"):
+            diagnose(together)
+        with pytest.raises(InputError, match="no rows of method 'mine'"):
+            diagnose(together, method="mine")
+
+    def test_the_recorded_runs_are_for_a_first_look(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        found = diagnose(tables["turning"])
+        alone = diagnose(tables["turning"], reference=None)
+        assert found.verdict == alone.verdict  # a recipe of others does not decide
+        assert any("differ from yours" in note for note in found.warnings)
+        assert {"FT", "LoRA", "DoRA"} <= set(found.table.columns)
+
+
+class TestNotEnough:
+    def test_few_layers(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        found = diagnose(tables["turning"].query("layer < 3"), reference=None)
+        assert (found.verdict, found.confidence) == ("not enough data", "none")
+        assert "there are 3; 4 are needed" in str(found)
+        assert found.table.empty
+
+    def test_only_the_start(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        found = diagnose(tables["turning"].query("step == 62").assign(step=0))
+        assert found.verdict == "not enough data"
+        assert "no rows after step 0" in str(found)
+
+    def test_nothing_moved(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        still = tables["turning"].assign(delta_magnitude=0.0, delta_direction=0.0)
+        assert diagnose(still).verdict == "not enough data"
+
+    def test_rows_that_are_not_finite_are_left_out_and_said(
+        self, tables: dict[Kind, pd.DataFrame]
+    ) -> None:
+        broken = tables["turning"].copy()
+        broken.loc[broken.index[:5], ["delta_magnitude", "delta_direction"]] = np.nan
+        found = diagnose(broken, reference=None)
+        assert found.verdict == "LoRA-like"
+        assert any(note.startswith("5 rows are left out") for note in found.warnings)
+
+    def test_bad_input_is_one_sentence(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        table = tables["turning"]
+        with pytest.raises(InputError, match=r"lacks the column\(s\) radial_share"):
+            diagnose(table.drop(columns="radial_share"))
+        with pytest.raises(InputError, match="same point"):
+            diagnose(pd.concat([table, table]))
+        with pytest.raises(InputError, match="no rows"):
+            diagnose(table.iloc[:0])
+        with pytest.raises(InputError, match="error_level"):
+            diagnose(table, error_level=0.7)
+        with pytest.raises(InputError, match="resamples"):
+            diagnose(table, resamples=3)
+
+    def test_references_of_other_roles_are_not_compared(
+        self, tables: dict[Kind, pd.DataFrame], references: pd.DataFrame
+    ) -> None:
+        elsewhere = references.assign(role="gate")
+        found = diagnose(runs_of(tables["turning"], 0), elsewhere)
+        assert any("no weight of role query, value" in note for note in found.warnings)
+        half = references[references["role"] == "query"]
+        partly = diagnose(runs_of(tables["turning"], 0, 1), half)
+        assert any("by query only" in note for note in partly.warnings)
+        assert partly.verdict == "LoRA-like"
+
+
+class TestEvidence:
+    def test_levels_are_those_of_coupling(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        table = tables["own magnitude"].query("role == 'query'")
+        found = diagnose(table, reference=None).table.set_index("measure")
+        for level in ("pooled", "within_step", "units"):
+            expected = dd.coupling(table, by="method", level=level, permutations=0).iloc[0]
+            assert found.loc[f"r {level}", "value"] == pytest.approx(expected["pearson"], abs=1e-9)
+        slope = dd.coupling(table, by="method", permutations=0)["slope"].iloc[0]
+        scaled = slope / table["magnitude_before"].mean()
+        assert found.loc["slope within_step", "value"] == pytest.approx(scaled, rel=1e-6)
+
+    def test_shares_are_what_they_say(self) -> None:
+        rng = np.random.default_rng(0)
+        weights = pretrained(1, rng)
+        shrunk = study(Design("decay", 1e-9, total_decay=0.3), weights, 1, rng)
+        measured = {name: values.mean() for name, values in row_measures(shrunk).items()}
+        assert measured["decay share"] == pytest.approx(1, rel=1e-6)
+        assert measured["decay fit"] == pytest.approx(1, rel=1e-6)
+        assert measured["own radial share"] == pytest.approx(0, abs=1e-6)
+        turned = study(Design("turning", 0.2, orthogonal=True), weights, 1, rng)
+        measured = {name: values.mean() for name, values in row_measures(turned).items()}
+        assert measured["turning share"] == pytest.approx(1, rel=0.1)  # means of products
+        assert measured["radial share"] < 1e-6
+        assert measured["growth"] == pytest.approx(1, rel=1e-6)
+
+    def test_scales_are_undone(self) -> None:
+        values = np.array([-0.98, -0.2, 0.0, 0.7])
+        for name in ("r units", "slope units", "radial share"):
+            measure = BY_NAME[name]
+            np.testing.assert_allclose(measure.restore(measure.transform(values)), values)
+
+    def test_effective_rank_is_that_of_equal_singular_values(self) -> None:
+        rng = torch.Generator().manual_seed(0)
+        basis, _ = torch.linalg.qr(torch.randn(9, 4, generator=rng, dtype=torch.float64))
+        other, _ = torch.linalg.qr(torch.randn(7, 4, generator=rng, dtype=torch.float64))
+        assert effective_rank(basis @ other.T) == pytest.approx(4)
+        uneven = basis @ torch.diag(torch.tensor([1.0, 1.0, 0.0, 2.0]).double()) @ other.T
+        entropy = stats.entropy([0.25, 0.25, 0.5])
+        assert effective_rank(uneven) == pytest.approx(np.exp(entropy))
+        assert np.isnan(effective_rank(torch.zeros(3, 2)))
+
+    def test_the_change_of_factors_is_that_of_the_weight(self) -> None:
+        rng = torch.Generator().manual_seed(1)
+        W, A, B, m = (torch.randn(s, generator=rng) for s in ((6, 9), (2, 9), (6, 2), (6,)))
+        site = Site("layers.0.query", 0, "", "query")
+        turned = W.double() + 0.5 * (B.double() @ A.double())
+        merged = m.double()[:, None] * turned / turned.norm(dim=1, keepdim=True)
+        by_factors = change_of(site, W, LowRank(A, B, 0.5, m))
+        torch.testing.assert_close(by_factors, change_of(site, W, Dense(merged)))
+        torch.testing.assert_close(change_of(site, W, LowRank(A, B, 0.5)), turned - W.double())
+
+
+class TestInference:
+    def test_a_mean_over_layers_is_the_t_test(self, tables: dict[Kind, pd.DataFrame]) -> None:
+        table = runs_of(tables["noise"], 0)
+        k = INDEX["signed ΔM / ΔM"]
+        found = replicate({"own": Readings.of(table)}, True, 4000, np.random.default_rng(0))
+        read = infer(lambda estimates: estimates[0], [found["own"]])
+        share = table["signed_delta_magnitude"] / table["delta_magnitude"]
+        layers = share.groupby(table["layer"]).mean()
+        expected = stats.ttest_1samp(layers, 0.0)
+        assert read.freedom[k] == pytest.approx(5)
+        assert read.error[k] >= stats.sem(layers) * (1 - 1e-9)
+        assert read.error[k] == pytest.approx(stats.sem(layers), rel=0.15)
+        p = 2 * min(read.above(0.0)[k], read.below(0.0)[k])
+        assert p == pytest.approx(expected.pvalue, rel=0.3)
+
+    def test_a_margin_makes_a_test_stricter(self) -> None:
+        read = Inference(np.array([0.5]), np.array([0.2]), np.array([5.0]))
+        two_sided = 2 * stats.t.sf(2.5, 5)
+        assert read.beyond(0.0)[0] == pytest.approx(two_sided)
+        assert read.beyond(0.1)[0] == pytest.approx(stats.t.sf(2.0, 5) + stats.t.sf(3.0, 5))
+
+    def test_holm_against_its_definition(self) -> None:
+        p = np.array([0.01, 0.04, np.nan, 0.03, 0.005])
+        np.testing.assert_allclose(holm(p), [0.03, 0.06, np.nan, 0.06, 0.02])
+
+    def test_shared_layers_cancel_and_runs_are_borrowed(
+        self, tables: dict[Kind, pd.DataFrame]
+    ) -> None:
+        own, other = runs_of(tables["turning"], 0), runs_of(tables["turning"], 1, 2, 3)
+        readings = {"a": Readings.of(own), "b": Readings.of(other)}
+        k = INDEX["turning share"]
+        errors = {}
+        for shared in (True, False):
+            found = replicate(readings, shared, 1000, np.random.default_rng(0))
+            away = infer(lambda e: e[0] - e[1], [found["a"], found["b"]])
+            errors[shared] = away.error[k]
+            assert "runs of a" in found["a"].left_out
+        assert errors[True] < 0.7 * errors[False]
+
+
+class TestDecide:
+    @pytest.mark.parametrize(
+        ("mechanism", "lora", "ft", "interval", "expected"),
+        [
+            ("turning", ("x",), (), (0.9, 1.1), "FT-like"),
+            ("none", (), ("x",), (-0.1, 0.1), "LoRA-like"),
+            ("none", ("x",), ("y",), (0.2, 0.4), "neither"),
+            ("turning", ("x",), ("y",), (0.2, 0.4), "LoRA-like"),
+            ("turning", ("x",), ("y",), (0.4, 0.6), "between"),
+            ("own magnitude", ("x",), ("y",), (0.7, 1.4), "FT-like"),
+            ("own magnitude", ("x",), ("y",), (0.4, 1.4), "neither"),
+            ("own magnitude", (), (), (0.4, 1.4), "FT-like"),
+            ("none", (), (), (0.4, 1.4), "undecided"),
+            ("decay", (), ("x",), (0.0, 0.1), "decay"),
+        ],
+    )
+    def test_table(
+        self,
+        mechanism: str,
+        lora: tuple[str, ...],
+        ft: tuple[str, ...],
+        interval: tuple[float, float],
+        expected: str,
+    ) -> None:
+        placement = Placement(sum(interval) / 2, *interval, {"LoRA": lora, "FT": ft})
+        assert decide(mechanism, placement, lora="LoRA", ft="FT", binding=True) == expected  # type: ignore[arg-type]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = x + self.value(torch.tanh(self.query(x)))
+        return result
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of FT, LoRA and DoRA of a small network on disk, with their weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    for decay in (0.0, 20.0):
+        for method in ("FT", "LoRA", "DoRA"):
+            for seed in range(2):
+                torch.manual_seed(0)
+                model = nn.Sequential(*(Block() for _ in range(5)))
+                torch.manual_seed(seed)
+                if method != "FT":
+                    apply = dd.apply_lora if method == "LoRA" else dd.apply_dora
+                    apply(model, ["query", "value"], rank=2)
+                trained = [p for p in model.parameters() if p.requires_grad]
+                optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=decay)
+                recorder = dd.Recorder(
+                    model,
+                    ["query", "value"],
+                    every=3,
+                    run_dir=folder / f"decay{decay:g}" / f"{method}-seed{seed}",
+                    method=method,
+                    seed=seed,
+                    keep="weights",
+                    hyperparameters={"recipe": {"total_decay": 12 * 3e-3 * decay}},
+                )
+                with recorder.attach(optimizer):
+                    for _ in range(12):
+                        x = torch.randn(8, 16)
+                        loss = (model(x) - x.flip(1)).square().mean()
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
+    return folder
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["diagnose", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+class TestCommand:
+    def test_says_what_the_function_says(self, recorded: Path) -> None:
+        runs, against = recorded / "decay0", recorded / "decay0"
+        code, text = call(runs / "DoRA-seed*", "--against", against / "FT*", "--against",
+                          against / "LoRA*")  # fmt: skip
+        assert code == 0, text
+        own = sorted(map(str, runs.glob("DoRA*")))
+        expected = dd.diagnose(own, sorted(map(str, runs.glob("[FL]*"))))
+        assert text == f"{expected}\n"
+        assert expected.table["measure"].eq("effective rank").any()
+
+    def test_json_is_the_whole_diagnosis(self, recorded: Path) -> None:
+        code, text = call(recorded / "decay20", "--method", "FT", "--json")
+        assert code == 0, text
+        found = json.loads(text)
+        assert found["method"] == "FT"
+        assert {"verdict", "confidence", "advice", "statements", "placement"} <= found.keys()
+        assert {row["measure"] for row in found["table"]} >= {"r units", "decay share"}
+        assert {"LoRA", "DoRA"} <= found["table"][0].keys()
+
+    def test_table_and_the_recorded_reference(self, recorded: Path) -> None:
+        code, text = call(recorded / "decay0" / "LoRA-seed0", "--table")
+        assert code == 0, text
+        assert "MiniLM" in text
+        assert "turning share" in text
+        assert call(recorded / "decay0" / "LoRA-seed0", "--alone")[0] == 0
+
+    def test_errors_are_one_line(self, recorded: Path, tmp_path: Path) -> None:
+        code, text = call(recorded / "decay0")
+        assert (code, text.count("\n")) == (2, 1)
+        assert "holds 3 methods (DoRA, FT, LoRA)" in text
+        code, text = call(tmp_path)
+        assert (code, text.count("\n")) == (2, 1)
+        assert call(recorded / "decay0", "--alone", "--against", recorded)[0] == 2
+
+    def test_effective_rank_is_that_of_lora(self, recorded: Path) -> None:
+        table = load_with_rank([recorded / "decay0" / "LoRA-seed0"])
+        at_end = table[table["step"] == 12]["effective_rank"]
+        assert at_end.between(1 / 16, 2 / 16 + 1e-9).all()
+        assert table.loc[table["step"] < 12, "effective_rank"].isna().all()
+
+
+class TestReferenceRuns:
+    def test_are_packaged_from_run_directories(self, recorded: Path, tmp_path: Path) -> None:
+        paths = sorted(map(str, recorded.glob("*/*-seed*")))
+        reference_runs.main([*paths, "--out", str(tmp_path)])
+        table = pd.read_csv(tmp_path / "reference_runs.csv")
+        assert table.groupby(["decays", "method"])["run"].nunique().eq(2).all()
+        assert len(table) == 12 * 10 * 4
+        about = json.loads((tmp_path / "reference_runs.json").read_text())
+        assert len(about["runs"]) == 6
+        assert all(entry["versions"]["torch"] for entry in about["runs"])
+        with pytest.raises(InputError, match="without weight decay of DoRA, FT, LoRA"):
+            reference_runs.main([*[p for p in paths if "decay20" in p], "--out", str(tmp_path)])
+
+    @pytest.mark.parametrize("decays", [True, False])
+    def test_packaged_ones_hold_every_method(self, decays: bool) -> None:
+        table = recorded_runs(decays=decays)
+        assert set(table["method"]) == {"FT", "LoRA", "DoRA"}
+        assert table.groupby("method")["run"].nunique().min() >= 2
+        known = table[table["method"] == "FT"]["total_decay"]
+        assert known.gt(0).all() if decays else known.eq(0).all()
+        assert diagnose(table, method="LoRA", reference=None).verdict == "LoRA-like"
+
+
+def test_simulation_writes_its_table_and_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnosis_simulation, "LAYERS", (6,))
+    diagnosis_simulation.main(["--draws", "1", "--resamples", "100", "--out", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "analyses" / "results" / "diagnosis_simulation.csv")
+    assert len(table) == 4 * 3
+    assert table["right"].mean() > 0.9
+    assert (tmp_path / "figures" / "diagnosis_simulation.svg").exists()
+
+
+def test_designs_are_drawn_in_their_range() -> None:
+    rng = np.random.default_rng(0)
+    for kind in KINDS:
+        designs = [Design.drawn(kind, rng) for _ in range(20)]
+        assert len({design.size for design in designs}) == 20
+        decaying = kind in ("decay", "own magnitude")
+        assert all(decaying or design.total_decay == 0 for design in designs)
