@@ -68,8 +68,12 @@ def diagnose(
     verdict.
 
     Intervals and tests draw whole layers (those of the same pre-trained weights for all methods at
-    once) and whole runs again, with Student's t (`inference.infer`). How often the verdict
-    is right, and how often alarms are false, is measured by `analyses.diagnosis_simulation`.
+    once) and whole runs again, with Student's t (`inference.infer`).
+
+    Measured on 100 draws of runs whose kind is known (`analyses.diagnosis_simulation`; 6 and 12
+    layers, 1 to 5 runs): the verdict was right in 98 or more of 100, a statement false in 2 or
+    fewer, a difference never. A low-rank update of random direction that changes units by less than
+    10% is beyond that: in one run of six small layers it may stay "undecided".
 
     Args:
         trajectory: the rows of the method, or its run directories. From directories of runs with
