@@ -27,6 +27,7 @@ from dora_dynamics.checkpoints.plan import (
     site_bytes,
 )
 from dora_dynamics.checkpoints.running import Output, Row
+from dora_dynamics.checkpoints.spreading import Processes
 from dora_dynamics.checkpoints.updates import Built, change_of
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
@@ -132,28 +133,42 @@ def run_plan(
     overwrite: bool = False,
     keep_non_finite: bool = False,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> pd.DataFrame:
-    """Measure what a plan lists; arguments and errors as in `compare_checkpoints`."""
+    """Measure what a plan lists; arguments and errors as in `compare_checkpoints`.
+
+    Where `processes` share the work, each of them calls this with the same plan; the first writes.
+    """
+    processes = processes or Processes()
     method = method or _method(plan)
     run = run or (Path(out).name if out is not None else method)
     info = _info(plan, run, method, axis)
-    groups: list[list[Row]] = []
     output: Output | None = None
-    if out is not None and resume and Path(out).exists():
-        output, groups = Output.resume(Path(out), info, plan)
-    elif out is not None:
+
+    def open_output() -> list[list[Row]]:
+        nonlocal output
+        if out is None:
+            return []
+        if resume and Path(out).exists():
+            output, complete = Output.resume(Path(out), info, plan)
+            return complete
         output = Output.begin(Path(out), info, overwrite=overwrite)
+        return []
+
+    groups = processes.first(open_output)
     if progress is not None:
         for checkpoint in plan.checkpoints[: len(groups)]:
             progress(checkpoint.nbytes, plan.nbytes)
     try:
         for checkpoint in plan.checkpoints[len(groups) :]:
             to_row = partial(trajectory_row, run=run, method=method, step=checkpoint.step)
-            rows = _measure(plan, checkpoint, to_row, axis, jobs, progress)
+            measure = partial(_measure, plan, checkpoint, to_row, axis, jobs, progress, processes)
+            found = [pair for some in processes.all_results(measure) for pair in some.items()]
+            rows = [row for _, row in sorted(found, key=lambda pair: pair[0])]
             if not keep_non_finite:
                 _refuse_non_finite(checkpoint, rows)
-            if output is not None:
-                output.append(rows)
+            if out is not None:
+                processes.first(partial(_append, output, rows))
             groups.append(rows)
     except BaseException:
         if output is not None:
@@ -164,6 +179,11 @@ def run_plan(
     return table
 
 
+def _append(output: Output | None, rows: Sequence[Row]) -> None:
+    if output is not None:
+        output.append(rows)
+
+
 def _measure(
     plan: Plan,
     checkpoint: Planned,
@@ -171,9 +191,12 @@ def _measure(
     axis: Axis,
     jobs: int | None,
     progress: Progress | None,
-) -> list[Row]:
-    """The rows of one checkpoint, in the order of its sites; `to_row` makes one of a change."""
+    processes: Processes,
+) -> dict[int, Row]:
+    """This process's rows of one checkpoint, by their place; `to_row` makes one of a change."""
     updates, _ = read_updates(plan.base, plan.sites, checkpoint.path)
+    sites = list(updates)
+    mine = processes.share([site_bytes(plan.base, site, updates[site]) for site in sites])
 
     def row(site: Site) -> Row:
         stored = plan.base.tensors[tensor_name(site)]
@@ -187,12 +210,13 @@ def _measure(
 
     rows = []
     built = any(isinstance(update, Built) for update in updates.values())
-    with _in_threads(row, list(updates), jobs, 1 if built else _SITES_AT_ONCE) as measured:
+    chosen = [sites[place] for place in mine]
+    with _in_threads(row, chosen, jobs, 1 if built else _SITES_AT_ONCE) as measured:
         for site, future in measured.items():
             rows.append(future.result())
             if progress is not None:
                 progress(site_bytes(plan.base, site, updates[site]), plan.nbytes)
-    return rows
+    return dict(zip(mine, rows, strict=True))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import click
 
 from dora_dynamics.commands.printing import print_json, records
 from dora_dynamics.commands.targets import parse_targets
+from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from dora_dynamics.checkpoints.plan import Plan
+    from dora_dynamics.checkpoints.spreading import Processes
 
 _EXAMPLES = """\b
 Examples:
@@ -68,10 +70,21 @@ def compare(paths: tuple[str, ...], **options: Any) -> None:
     BASE and CKPT are transformers folders, .safetensors, .bin, .pt, .pth or Lightning .ckpt
     files, torch distributed checkpoints, PEFT adapters, Kohya, diffusers or LyCORIS LoRA files,
     folders of checkpoints, globs, or names on the Hugging Face hub. No model is built, and only
-    the chosen weights are read.
+    the chosen weights are read. torchrun -m dora_dynamics compare … spreads the weights over
+    processes and machines that share the files.
     """
+    from dora_dynamics.checkpoints.spreading import started_processes
+
+    if not paths:
+        raise click.UsageError("give a base and at least one checkpoint.")
     try:
-        _compare(paths, **options)
+        with started_processes() as processes:
+            try:
+                _compare(paths, processes, **options)
+            except InputError:
+                if processes.is_first:
+                    raise
+                sys.exit(2)  # the first process says it
     except KeyboardInterrupt:
         hint = " The same command with --resume goes on." if options["out"] else ""
         click.echo(f"Interrupted.{hint}", err=True)
@@ -80,6 +93,7 @@ def compare(paths: tuple[str, ...], **options: Any) -> None:
 
 def _compare(
     paths: tuple[str, ...],
+    processes: Processes,
     *,
     base: str | None,
     targets: str | None,
@@ -96,21 +110,27 @@ def _compare(
     from dora_dynamics.checkpoints.compare import run_plan
     from dora_dynamics.checkpoints.plan import Options, describe, make_plan
 
-    if not paths:
-        raise click.UsageError("give a base and at least one checkpoint.")
     if resume and out is None:
         raise click.UsageError("--resume needs --out, the run directory to go on with.")
     base, checkpoints = _split_base(paths, base)
-    plan = make_plan(
-        base,
-        list(checkpoints),
-        Options(parse_targets(targets), granularity, transposed, _steps(steps)),
-    )
-    if dry_run:
+    chosen = Options(parse_targets(targets), granularity, transposed, _steps(steps))
+    plan = processes.each(lambda: make_plan(base, list(checkpoints), chosen))
+    if dry_run and processes.is_first:
         print_json({"plan": describe(plan)}) if as_json else _print_plan(plan)
+    if dry_run:
         return
-    with _progress(plan.nbytes) as progress:
-        table = run_plan(plan, out=out, run=run_name, resume=resume, progress=progress, **options)
+    with _progress(plan.nbytes // processes.count, shown=processes.is_first) as progress:
+        table = run_plan(
+            plan,
+            out=out,
+            run=run_name,
+            resume=resume,
+            progress=progress,
+            processes=processes,
+            **options,
+        )
+    if not processes.is_first:
+        return
     if as_json:
         print_json({**describe(plan), "out": out, "rows": records(table)})
     else:
@@ -143,8 +163,9 @@ def _steps(text: str | None) -> list[int] | None:
 class _progress:  # noqa: N801  # used as a function is
     """A bar of bytes on a terminal, nothing elsewhere."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, *, shown: bool) -> None:
         self._total = total
+        self._shown = shown
 
     def __enter__(self) -> Callable[[int, int], None] | None:
         from tqdm import tqdm
@@ -154,7 +175,7 @@ class _progress:  # noqa: N801  # used as a function is
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
-            disable=not sys.stderr.isatty(),
+            disable=not (self._shown and sys.stderr.isatty()),
             desc="comparing",
         )
         return lambda done, _: _update(self._bar, done)
