@@ -26,7 +26,7 @@ from bokeh.resources import Resources
 from dora_dynamics.plotting._style import LINE_COLOUR
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 Kind = Literal["paper", "steps", "trajectories", "heat", "by_layer", "cloud", "heads"]
 
@@ -48,6 +48,8 @@ _TIPS: Final[dict[Kind, list[tuple[str, str]]]] = {
 _PRINTED: Final[dict[str, Any]] = dict.fromkeys(
     ["@x", "@y", "@r", "@slope", "@change", "$snap_y"], "printf"
 )
+_MOST_TIPS: Final = 2
+"""Points below the pointer that are named at once; a heap of them would hide the page."""
 _TEXT: Final = {
     "paper": ("ΔD", "ΔM"),
     "steps": ("ΔD", "ΔM"),
@@ -87,8 +89,17 @@ class Panel:
         return {"cloud": 380, "heat": 240, "heads": 260, "by_layer": 230}.get(self.kind, 280)
 
 
-def panels(methods: int, roles: int, *, heads: bool, units: bool) -> list[Panel]:
-    """The panels of a page, chart by chart; in a chart role by role, then method by method."""
+def panels(
+    methods: int, roles: int, *, heads: Collection[int] = (), units: bool = False
+) -> list[Panel]:
+    """The panels of a page, chart by chart; in a chart role by role, then method by method.
+
+    Args:
+        methods: how many there are.
+        roles: how many there are.
+        heads: the methods with rows by attention head.
+        units: whether a run kept its units.
+    """
     rows: list[int | None] = [*range(roles)] if roles <= MOST_ROLE_ROWS else [None]
     kinds: list[tuple[Kind, str | None]] = [
         ("paper", None),
@@ -111,6 +122,7 @@ def panels(methods: int, roles: int, *, heads: bool, units: bool) -> list[Panel]
         for kind, measure in kinds
         for number, role in enumerate(rows)
         for method in range(methods)
+        if kind != "heads" or method in heads
     ]
     if units:
         found.append(Panel("cloud", "cloud"))
@@ -121,10 +133,11 @@ def documents(shown: Iterable[Panel]) -> tuple[dict[str, Any], dict[str, str]]:
     """The figures as Bokeh's JSON, and the element that each of its roots goes into."""
     document = Document()
     roots = {}
-    for panel in shown:
-        drawn = _figure(panel)
-        document.add_root(drawn)
-        roots[str(drawn.id)] = panel.id
+    with document.models.freeze():  # or each root would have all models looked through again
+        for panel in shown:
+            drawn = _figure(panel)
+            document.add_root(drawn)
+            roots[str(drawn.id)] = panel.id
     return {"page": dict(document.to_json(deferred=False))}, roots
 
 
@@ -198,6 +211,7 @@ def _scatter(plot: figure, panel: Panel) -> None:
             tooltips=_TIPS[panel.kind],
             formatters=_PRINTED,
             point_policy="snap_to_data",
+            limit=_MOST_TIPS,
         ),
         TapTool(renderers=[drawn]),
     )
@@ -255,6 +269,7 @@ def _trajectories(plot: figure, panel: Panel) -> None:
             tooltips=_TIPS[panel.kind],
             formatters=_PRINTED,
             line_policy="nearest",
+            limit=_MOST_TIPS,
         ),
         TapTool(renderers=[lines]),
     )

@@ -125,13 +125,17 @@ def _render(
     coupling = coupling_table(recorded)
     fitted = fits(recorded, coupling, names)
     units = kept_units(recorded)
-    has_heads = bool(recorded.table["head"].notna().any())
+    by_head = set(recorded.table.loc[recorded.table["head"].notna(), "method"])
+    has_heads = bool(by_head)
     shown = panels.panels(
-        len(names.methods), len(names.roles), heads=has_heads, units=units.data is not None
+        len(names.methods),
+        len(names.roles),
+        heads=[names.methods.index(method) for method in by_head],
+        units=units.data is not None,
     )
     scripts = [panels.library(), _own_script()]
     lines = coupling_lines(coupling)
-    diagnoses: list[Any] = []
+    diagnosed: list[Any] = []
     content = {
         "title": title,
         "lede": _lede(recorded),
@@ -147,7 +151,7 @@ def _render(
             *(Caution("units", problem) for problem in units.problems),
             *cautions(recorded),
         ],
-        "diagnoses": diagnoses,
+        "diagnoses": diagnosed,
         "couplings": [
             (signed, [line for line in lines if line.signed == signed]) for signed in (False, True)
         ],
@@ -162,11 +166,11 @@ def _render(
         "snapshots": units.snapshots,
         "sampled": units.sampled,
         "axis": recorded.runs[0].info.axis,
-        "what": "head" if has_heads else "weight",
+        "what": "weight (or head)" if has_heads else "weight",
         "replicates": len(series) > len(names.methods),
         "thinned": _thinned(series),
     }
-    content["sections"] = _sections(diagnoses=bool(diagnoses), heads=has_heads)
+    content["sections"] = _sections(heads=has_heads)
     page: str = _template().render(content)
     return page
 
@@ -247,21 +251,18 @@ def _thinned(series: Sequence[RunSeries]) -> str:
     )
 
 
-def _sections(*, diagnoses: bool, heads: bool) -> list[tuple[str, str]]:
-    found = {
-        "runs": "What was run",
-        "cautions": "Before you read on",
-        "diagnosis": "Diagnosis",
-        "paper": "ΔM against ΔD",
-        "steps": "Step by step",
-        "trajectories": "Trajectories",
-        "heat": "Layers × steps",
-        "coupling": "Coupling",
-        "units": "Units",
-        "heads": "Heads",
-    }
-    shown = {"diagnosis": diagnoses, "heads": heads}
-    return [(name, title) for name, title in found.items() if shown.get(name, True)]
+def _sections(*, heads: bool) -> list[tuple[str, str]]:
+    found = [
+        ("runs", "What was run"),
+        ("cautions", "Before you read on"),
+        ("paper", "ΔM against ΔD"),
+        ("steps", "Step by step"),
+        ("trajectories", "Trajectories"),
+        ("heat", "Layers × steps"),
+        ("coupling", "Coupling"),
+        ("units", "Units"),
+    ]
+    return [*found, ("heads", "Heads")] if heads else found
 
 
 def _charts(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import dora_dynamics as dd
-from tests.report.browser import chromium
+from analyses._browser import chromium
+from tests.report.browser import need_browser
 from tests.report.report_runs import make_run
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def number(text: str) -> float:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    need_browser()
     with chromium() as found:
         yield found
 
@@ -148,6 +150,7 @@ def test_hover_shows_the_site(opened: Opened) -> None:
         tip.first.wait_for(state="visible", timeout=5000)
         told = dict(row.split(":\t") for row in tip.first.inner_text().splitlines())
         assert told["weight"] == site
+        assert page.locator(".bk-tooltip-row-label", has_text="weight").count() <= 2
         assert float(told["ΔD"]) == pytest.approx(points["x"][3], rel=1e-3)
         assert float(told["ΔM"]) == pytest.approx(points["y"][3], rel=1e-3)
     assert page.locator("main script, main img").count() == 0

@@ -160,6 +160,8 @@ def test_every_chart_has_a_name_a_caption_and_a_table(recorded: tuple[list[Path]
         assert attrs["tabindex"] == "0"
         assert len(str(attrs["aria-label"])) > 20
         assert attrs["aria-describedby"] in ids
+    heads = [str(attrs["id"]) for attrs in charts if str(attrs["id"]).startswith("heads")]
+    assert heads == ["heads-0-1", "heads-1-1"]  # of DoRA, whose rows are by head, in both roles
     tables = {attrs["data-table"] for attrs, _ in page.all("details") if "data-table" in attrs}
     assert tables == kinds
     labelled = {attrs["for"] for attrs, _ in page.all("label") if "for" in attrs}
@@ -219,7 +221,7 @@ def test_a_hundred_sites_at_a_thousand_steps_stay_below_six_megabytes() -> None:
     full = packing.floats(np.random.default_rng(0).random(MOST_POINTS))
     units = KeptUnits(data={"turned": full, "changed": full})
     data = as_script_json(page_data(series, names, numbered, [], units))
-    figures = figures_json(panels.panels(3, 3, heads=True, units=True))
+    figures = figures_json(panels.panels(3, 3, heads=range(3), units=True))
     assert len(data) + len(figures) + len(panels.library()) + 300_000 < 6e6
 
 

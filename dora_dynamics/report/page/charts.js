@@ -352,7 +352,7 @@ class Charts {
       change,
       colour: many(this.state.dark ? "#3D9BD6" : "#0072B2"),
       marker: Array.from(change, (value) => (value < 0 ? "inverted_triangle" : "circle")),
-      size: many(6),
+      size: many(Math.max(5, 9 * Math.min(1, Math.sqrt(CROWDED / site.count)))),
       site: many(site.site), run: many(""), layer: many(""), step: many(0),
       r: many(NaN), slope: many(NaN), series: many(-1),
     };
