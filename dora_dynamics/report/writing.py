@@ -16,6 +16,7 @@ from dora_dynamics.plotting._panels import in_order
 from dora_dynamics.report import packing
 from dora_dynamics.report.cautions import Caution, cautions
 from dora_dynamics.report.couplings import coupling_lines, coupling_table
+from dora_dynamics.report.diagnoses import diagnoses
 from dora_dynamics.report.errors import ReportError
 from dora_dynamics.report.kept_units import kept_units
 from dora_dynamics.report.names import Names, names_of
@@ -135,7 +136,7 @@ def _render(
     )
     scripts = [panels.library(), _own_script()]
     lines = coupling_lines(coupling)
-    diagnosed: list[Any] = []
+    diagnosed = diagnoses(recorded, reference)
     content = {
         "title": title,
         "lede": _lede(recorded),
@@ -255,6 +256,7 @@ def _sections(*, heads: bool) -> list[tuple[str, str]]:
     found = [
         ("runs", "What was run"),
         ("cautions", "Before you read on"),
+        ("diagnosis", "Diagnosis"),
         ("paper", "ΔM against ΔD"),
         ("steps", "Step by step"),
         ("trajectories", "Trajectories"),

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import dora_dynamics as dd
 from dora_dynamics.cli import main
+from dora_dynamics.diagnosis import diagnose
 from dora_dynamics.errors import InputError
 from dora_dynamics.report import packing, panels
 from dora_dynamics.report.kept_units import MOST_POINTS, KeptUnits
@@ -212,6 +213,31 @@ def test_the_coupling_table_says_what_coupling_finds(recorded: tuple[list[Path],
                 low, high = row["pearson_low"], row["pearson_high"]
                 said = f"{row['pearson']:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
                 assert said in text
+
+
+def test_every_method_is_diagnosed_against_the_others(recorded: tuple[list[Path], Page]) -> None:
+    (dora, ft), page = recorded
+    text = " ".join(" ".join(page.text).split())
+    for run, other, method in ((dora, ft, "DoRA"), (ft, dora, "FT")):
+        expected = diagnose([run], [other], method=method)
+        verdict, sure = str(expected).splitlines()[:2]
+        assert verdict.removesuffix(".") in text
+        assert sure in text
+        for sentence in (*expected.found, *expected.advice, *expected.warnings):
+            assert " ".join(sentence.split()) in text
+        for measure in expected.table.get("measure", []):
+            assert measure in text
+
+
+def test_one_method_is_diagnosed_against_what_is_given(tmp_path: Path) -> None:
+    runs = {
+        name: make_run(tmp_path / name, name, layers=4, roles=("query",), seed=seed)
+        for seed, name in enumerate(("FT", "LoRA", "DoRA"))
+    }
+    page = written(tmp_path / "r.html", runs["DoRA"], reference=[runs["FT"], runs["LoRA"]])
+    assert "Compared with FT, LoRA." in "".join(page.text)
+    alone = written(tmp_path / "r.html", runs["DoRA"])
+    assert "Compared with the project's own recorded runs." in "".join(alone.text)
 
 
 def test_a_hundred_sites_at_a_thousand_steps_stay_below_six_megabytes() -> None:
