@@ -25,30 +25,51 @@ if TYPE_CHECKING:
     Rows = NDArray[np.float32] | NDArray[np.float64]
 
 _BLOCK: Final = 1 << 17
-"""Elements of a block: w_0 and d of it (1 MiB in float32) stay in a core's cache."""
+"""Elements of a block where one thread works: w_0 and d (1 MiB in float32) stay in its cache."""
+_SHARED_BLOCK: Final = 1 << 20
+"""Where several work. Each of numpy's calls then lasts some 0.2 ms, well above the time in which a
+thread wakes up and has Python's lock again; with shorter ones the threads keep the lock from each
+other and are slower than one alone."""
+WORTH_THREADS: Final = 1 << 21
+"""Elements from which threads pay."""
+LEAST_THREADS: Final = 3
+"""Threads from which they pay: their blocks are too large for the cache and cost half as much
+again, which two hardly make up for."""
 _FEATURES: Final = 4096
 """Features that BLAS sums in float32; float64 beyond."""
 _CONVERSION: Final = (1 << 15) - 1
 """Elements torch converts at a time: from 2¹⁵ on it would wake its own threads."""
 _COLUMN_ROWS: Final = 64
 """Features summed in float32 where units are columns of memory."""
-TASK: Final = 1 << 18
-"""Elements of a task: tens of microseconds of work, above the cost of handing it to a thread."""
-_ROW_TASK: Final = 1 << 19
-"""Elements of a task over rows: a few blocks, so that what is done once a task weighs little."""
+_COLUMN_UNITS: Final = 512
+"""Units of a task there, at least."""
+_COLUMN_TASK: Final = 1 << 18
+"""Elements of a task there, about."""
+_IN_NUMPY: Final = (torch.float32, torch.float64)
+"""What is summed as it is stored."""
 
 _local = threading.local()
 
 
-def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Callable[[], None]]:
-    """Independent pieces of work that together fill `out`, shape (4, units), with the sums."""
+def tasks(
+    before: Tensor, after: Tensor, out: NDArray[np.float64], shared: bool
+) -> list[Callable[[], None]]:
+    """Independent pieces of work that together fill `out`, shape (4, units), with the sums.
+
+    Args:
+        before: shape (units, features).
+        after: the same.
+        out: shape (4, units).
+        shared: whether several threads will do the work.
+    """
     units, features = before.shape
     by_column = features > 1 and units > 1 and before.stride(0) == 1 == after.stride(0)
-    work = _sum_columns if by_column else _sum_rows
     if by_column:
-        step = max(task_units(units, features), min(units, 512))
+        work: Callable[..., None] = _sum_columns
+        step = max(_COLUMN_TASK // features, min(units, _COLUMN_UNITS))
     else:
-        step = task_units(units, features, _ROW_TASK)
+        work = partial(_sum_rows, block=block_size(shared))
+        step = max(1, _SHARED_BLOCK // features) if shared else units
     return [
         partial(
             work,
@@ -60,27 +81,29 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
     ]
 
 
-def task_units(units: int, features: int, elements: int = TASK) -> int:
-    """Units of a task of about this many elements, so that all tasks of a weight are as large."""
-    return -(-units // max(1, units * features // elements))
+def block_size(shared: bool) -> int:
+    """Elements of a block, by whether several threads work."""
+    return _SHARED_BLOCK if shared else _BLOCK
 
 
-def _sum_rows(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
+def _sum_rows(before: Tensor, after: Tensor, out: NDArray[np.float64], block: int) -> None:
     units, features = before.shape
-    read: Callable[[Any, str], Rows] = _whole
+    read: Callable[[Any, str], Rows] = _converted
     sources: tuple[Any, Any] = (before, after)
-    width, length = features, min(features, _BLOCK)
+    width, length = features, min(features, block)
     if _in_words(before) and _in_words(after):
         read, sources = _halves, (_words(before), _words(after))
         width, length = width // 2, -(-length // 2)
-    step = max(1, _BLOCK // features)
+    elif before.dtype in _IN_NUMPY and _has_rows(before) and _has_rows(after):
+        read, sources = _as_it_is, (before.numpy(), after.numpy())
+    step = -(-units // max(1, round(units * features / block)))
     out[:3] = 0.0
     with np.errstate(all="ignore"):
         for start in range(0, units, step):
             rows = slice(start, start + step)
             for left in range(0, width, length):
-                block = (rows, slice(left, left + length))
-                _add_block(read(sources[0][block], "w"), read(sources[1][block], "v"), out[:, rows])
+                part = (rows, slice(left, left + length))
+                _add_block(read(sources[0][part], "w"), read(sources[1][part], "v"), out[:, rows])
     again = fill_tangential(out, single=before.dtype != torch.float64)
     if len(again):
         sum_exactly(before, after, again, out)
@@ -91,12 +114,20 @@ def _add_block(w: Rows, v: Rows, out: NDArray[np.float64]) -> None:
     d = np.subtract(v, w, out=_scratch("v", w.shape, w.dtype))
     for low in range(0, w.shape[2], _FEATURES):
         w_part, d_part = w[:, :, low : low + _FEATURES], d[:, :, low : low + _FEATURES]
-        out[0] += np.add.reduce(np.vecdot(w_part, w_part), axis=0, dtype=np.float64)
-        out[1] += np.add.reduce(np.vecdot(d_part, w_part), axis=0, dtype=np.float64)
-        out[2] += np.add.reduce(np.vecdot(d_part, d_part), axis=0, dtype=np.float64)
+        for part in np.vecdot(w_part, w_part):
+            out[0] += part
+        for part in np.vecdot(d_part, w_part):
+            out[1] += part
+        for part in np.vecdot(d_part, d_part):
+            out[2] += part
 
 
-def _whole(weight: Tensor, buffer: str) -> Rows:
+def _as_it_is(weight: Rows, _buffer: str) -> Rows:
+    """A block that numpy reads where it lies, as one part."""
+    return weight[np.newaxis]
+
+
+def _converted(weight: Tensor, buffer: str) -> Rows:
     """A block as one part."""
     return as_rows(weight, buffer)[np.newaxis]
 
@@ -182,7 +213,7 @@ def as_rows(weight: Tensor, buffer: str, dtype: torch.dtype | None = None) -> Ro
     if dtype is None:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows, columns = weight.shape
-    if weight.dtype == dtype and is_aligned(weight) and (columns == 1 or weight.stride(1) == 1):
+    if weight.dtype == dtype and _has_rows(weight):
         view: Rows = weight.numpy()
         return view
     array: Rows = _scratch(buffer, (rows, columns), np.dtype(str(dtype).removeprefix("torch.")))
@@ -190,6 +221,9 @@ def as_rows(weight: Tensor, buffer: str, dtype: torch.dtype | None = None) -> Ro
         words = array.view(np.uint32)
         np.copyto(words, weight.view(torch.uint16).numpy())
         np.left_shift(words, 16, out=words)
+        return array
+    if weight.dtype in _IN_NUMPY and is_aligned(weight):
+        np.copyto(array, weight.numpy())
         return array
     converted = torch.from_numpy(array)
     width = min(columns, _CONVERSION)
@@ -199,6 +233,11 @@ def as_rows(weight: Tensor, buffer: str, dtype: torch.dtype | None = None) -> Ro
             part = (slice(top, top + height), slice(left, left + width))
             converted[part].copy_(weight[part])
     return array
+
+
+def _has_rows(weight: Tensor) -> bool:
+    """Whether numpy reads its rows fast where they are."""
+    return is_aligned(weight) and (weight.shape[1] == 1 or weight.stride(1) == 1)
 
 
 def is_aligned(weight: Tensor) -> bool:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_WORTH_THREADS = 1 << 19
-"""Elements from which threads pay; a smaller weight is summed in the time of waking one."""
-
 
 def dense_sums(before: Tensor, after: Tensor) -> UnitSums:
     """Sums of two dense weights of shape (units, features), same dtype and device.
@@ -58,13 +55,14 @@ def _sums_on(device: torch.device, pairs: Sequence[tuple[Tensor, Tensor]]) -> li
 def cpu_sums(pairs: Sequence[tuple[Tensor, Tensor]], path: Any) -> list[UnitSums]:
     """Sums of pairs in host memory by one of the CPU paths, all their tasks together."""
     arrays = [np.empty((4, before.shape[0])) for before, _ in pairs]
+    elements = sum(before.numel() for before, _ in pairs)
+    shared = elements >= path.WORTH_THREADS and threads.workers() >= path.LEAST_THREADS
     tasks = [
         task
         for (before, after), array in zip(pairs, arrays, strict=True)
-        for task in path.tasks(before, after, array)
+        for task in path.tasks(before, after, array, shared)
     ]
-    elements = sum(before.numel() for before, _ in pairs)
-    threads.run_all(tasks, worth_threads=elements >= _WORTH_THREADS)
+    threads.run_all(tasks, worth_threads=shared)
     return [from_array(array) for array in arrays]
 
 

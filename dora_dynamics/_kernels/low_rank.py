@@ -106,15 +106,17 @@ def cpu_sums(update: LowRankUpdate) -> UnitSums:
     e = torch.empty(units, dtype=torch.float64)
     A_32, B_64 = A.to(torch.float32), B.to(torch.float64)
     rows = max(1, _CPU_BLOCK // features)
+    shared = threads.workers() >= blocks.LEAST_THREADS
+    step = max(1, blocks.block_size(shared) // features)
     for start in range(0, units, rows):
         block = slice(start, start + rows)
         w = aligned(before[block]).to(torch.float32)
         threads.run_all(
             [
-                partial(blocks.add_squares, w[i : i + 32], squares[block][i : i + 32])
-                for i in range(0, len(w), 32)
+                partial(blocks.add_squares, w[i : i + step], squares[block][i : i + step])
+                for i in range(0, len(w), step)
             ],
-            worth_threads=w.numel() >= blocks.TASK,
+            worth_threads=shared,
         )
         e[block] = torch.einsum("nr,nr->n", (w @ A_32.T).to(torch.float64), B_64[block])
     e *= update.scaling

@@ -37,6 +37,12 @@ _STORAGE: Final = {
     torch.float64: torch.float64,
 }
 """What numba sees: it knows no half precision, so bits, their sign telling which of the two."""
+WORTH_THREADS: Final = 1 << 19
+"""Elements from which threads pay; a smaller weight is summed in the time of waking one."""
+LEAST_THREADS: Final = 2
+"""Threads from which they pay."""
+_TASK: Final = 1 << 18
+"""Elements of a task: tens of microseconds of work, above the cost of handing it to a thread."""
 _FAST: Final = {"reassoc", "contract", "nsz"}
 """Sums may be reordered, so that they vectorise; NaN and Inf keep their meaning."""
 
@@ -176,13 +182,15 @@ sum_rows: Any = _compile(_sum_rows)
 sum_columns: Any = _compile(_sum_columns)
 
 
-def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Callable[[], None]]:
+def tasks(
+    before: Tensor, after: Tensor, out: NDArray[np.float64], shared: bool
+) -> list[Callable[[], None]]:
     """As `blocks.tasks`; weights in a layout or alignment not compiled for go to that path."""
     if before.dtype not in _STORAGE or not (blocks.is_aligned(before) and blocks.is_aligned(after)):
-        return blocks.tasks(before, after, out)
+        return blocks.tasks(before, after, out, shared)
     units, features = before.shape
     if _has_rows(before) and _has_rows(after):
-        step = blocks.task_units(units, features)
+        step = _task_units(units, features)
         w, v = _whole_rows(before), _whole_rows(after)
         single = before.dtype != torch.float64
         return [
@@ -197,7 +205,7 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
             for start in range(0, units, step)
         ]
     if _has_rows(before.T) and _has_rows(after.T):
-        step = max(_PANEL, blocks.task_units(units, features))
+        step = max(_PANEL, _task_units(units, features))
         return [
             partial(
                 _columns,
@@ -207,7 +215,12 @@ def tasks(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> list[Calla
             )
             for start in range(0, units, step)
         ]
-    return blocks.tasks(before, after, out)
+    return blocks.tasks(before, after, out, shared)
+
+
+def _task_units(units: int, features: int) -> int:
+    """Units of a task, so that all tasks of a weight are about as large."""
+    return -(-units // max(1, units * features // _TASK))
 
 
 def _columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:

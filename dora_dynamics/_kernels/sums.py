@@ -44,8 +44,7 @@ class UnitSums:
 
 def from_array(sums: NDArray[np.float64]) -> UnitSums:
     """UnitSums over an array of shape (4, units), in the order a, e, c, P; nothing is copied."""
-    a, e, c, P = torch.from_numpy(sums)
-    return UnitSums(a, e, c, P)
+    return UnitSums(*torch.from_numpy(sums).unbind())
 
 
 def to_host(sums: Tensor) -> Callable[[], NDArray[np.float64]]:
@@ -79,13 +78,20 @@ def fill_tangential(sums: NDArray[np.float64], single: bool) -> NDArray[np.intp]
     """
     a, e, c, P = sums
     with np.errstate(all="ignore"):
-        np.subtract(c, np.where(a == 0, 0.0, e * e / a), out=P)
+        np.multiply(e, e, out=P)
+        np.divide(P, a, out=P, where=a != 0)
+        np.subtract(c, P, out=P)
         trusted = TANGENTIAL_SHARE * c <= P
-        if single:
+        if single and not (_in_range(a) and _in_range(c)):
             unchanged = (c == 0) & (e == 0)
             trusted &= (a >= SMALLEST) & (a <= LARGEST)
             trusted &= ((c >= SMALLEST) & (c <= LARGEST)) | unchanged
     return np.flatnonzero(~trusted)
+
+
+def _in_range(sums: NDArray[np.float64]) -> bool:
+    """Whether float32 neither lost nor exceeded any; NaN is in no range."""
+    return bool(sums.min() >= SMALLEST and sums.max() <= LARGEST)
 
 
 def exact_rows(

@@ -32,13 +32,18 @@ def at_most(count: int) -> Iterator[None]:
         _limit.reset(token)
 
 
+def workers() -> int:
+    """Threads that work is spread over."""
+    return _limit.get() or torch.get_num_threads()
+
+
 def run_all(tasks: Sequence[Callable[[], None]], worth_threads: bool) -> None:
     """Run every task, in parallel if worth it.
 
     As many threads take part as torch is set to use, or as `at_most` says.
     """
-    workers = min(_limit.get() or torch.get_num_threads(), len(tasks))
-    if workers < 2 or not worth_threads:
+    count = min(workers(), len(tasks))
+    if count < 2 or not worth_threads:
         for task in tasks:
             task()
         return
@@ -48,7 +53,7 @@ def run_all(tasks: Sequence[Callable[[], None]], worth_threads: bool) -> None:
         for task in waiting:
             task()
 
-    helpers = [_pool().submit(work) for _ in range(workers - 1)]
+    helpers = [_pool().submit(work) for _ in range(count - 1)]
     try:
         work()
     finally:

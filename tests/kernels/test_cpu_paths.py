@@ -157,21 +157,48 @@ def test_at_most_so_many_threads_take_part() -> None:
     assert seen == {threading.get_ident()}
 
 
-def test_memory_is_a_block_and_not_a_copy() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_is_a_block_and_not_a_copy(shared: bool) -> None:
     """The buffers of a thread: a few blocks of float32, whatever the weight's size."""
-    before, after = changed((4000, 1024), torch.bfloat16)
-    worker = threading.Thread(target=lambda: held.extend(_buffers_after(before, after)))
+    before, after = changed((8000, 1024), torch.bfloat16)
+    tasks = blocks.tasks(before, after, torch.empty((4, len(before))).double().numpy(), shared)
+    assert (len(tasks) > 1) == shared
     held: list[int] = []
+
+    def work() -> None:
+        for task in tasks:
+            task()
+        held.extend(buffer.nbytes for buffer in blocks._local.__dict__.values())
+
+    worker = threading.Thread(target=work)
     worker.start()
     worker.join()
-    assert 0 < sum(held) <= 3 * 4 * (1 << 17)
-    assert before.numel() * 4 > 8 * sum(held)
+    assert 0 < sum(held) <= 2 * 4 * 1.1 * blocks.block_size(shared)
+    assert before.numel() * 4 > 3 * sum(held)
 
 
-def _buffers_after(before: Tensor, after: Tensor) -> list[int]:
-    for task in blocks.tasks(before, after, torch.empty((4, len(before))).double().numpy()):
-        task()
-    return [buffer.nbytes for buffer in blocks._local.__dict__.values()]
+def test_numpy_sees_large_blocks_where_threads_share_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counts, not seconds: one or two threads take blocks of the cache, more take large ones."""
+    sizes: list[int] = []
+    original = blocks._add_block
+
+    def counted(w: Any, v: Any, out: Any) -> None:
+        sizes.append(w.size)
+        original(w, v, out)
+
+    monkeypatch.setattr(blocks, "_add_block", counted)
+    before, after = changed((4096, 1024), torch.float32)
+    for workers, expected in ((1, 1 << 17), (2, 1 << 17), (3, 1 << 20)):
+        sizes.clear()
+        with threads.at_most(workers):
+            sums(blocks, before, after)
+        assert sizes == [expected] * (before.numel() // expected)
+    sizes.clear()
+    with threads.at_most(3):
+        sums(blocks, before[:384, :384], after[:384, :384])
+    assert sizes == [384 * 384]
 
 
 def test_core_works_without_extras() -> None:
