@@ -136,7 +136,8 @@ def dense_weights(device: str) -> float:
     for axis in AXES:
         with CommDebugMode() as traffic:
             found = measure_all(sharded, axis)
-        assert traffic.get_total_counts() == 2, traffic.get_comm_counts()
+        fewest = 2 if dist.get_world_size() > 1 else 1  # alone, hardly a unit is split
+        assert fewest <= traffic.get_total_counts() <= 2, traffic.get_comm_counts()
         worst = max(worst, differences(found, measure_all(whole, axis)))
     return worst
 

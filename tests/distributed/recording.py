@@ -67,8 +67,9 @@ class Net(nn.Module):
         return result
 
 
-def net(device: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Net:
-    """The same weights on every process."""
+def net(device: str, dtype: torch.dtype | None = None, **sizes: int) -> Net:
+    """The same weights on every process; in float64 on a GPU, which tiles a shard otherwise."""
+    dtype = dtype or (torch.float64 if device == "cuda" else torch.float32)
     torch.manual_seed(0)
     return Net(**sizes).to(device, dtype)
 
@@ -187,11 +188,13 @@ def largest_collective(recorder: dd.Recorder) -> tuple[int, int]:
         return original(tensor, *args, **kwargs)
 
     dist.all_reduce = counting
+    _ = recorder.trajectory  # on a GPU rows come a moment later: this waits for them
     recorder._last_recorded, directory = -1, recorder._directory
     rows, recorder._directory = list(recorder._rows), None
     try:
         with CommDebugMode() as traffic:
             recorder.record()
+        _ = recorder.trajectory
     finally:
         dist.all_reduce = original
     recorder._rows, recorder._directory = rows, directory
@@ -272,6 +275,8 @@ def tensor_parallel(device: str) -> float:
 def two_dimensions(device: str) -> float:
     """FSDP with tensor parallelism, where one copies what the other does not shard."""
     world = dist.get_world_size()
+    if world < 2:
+        return 0.0
     mesh = init_device_mesh(device, (world // 2, 2), mesh_dim_names=("dp", "tp"))
 
     def shard(model: nn.Module) -> None:
@@ -284,5 +289,7 @@ def two_dimensions(device: str) -> float:
 def hybrid(device: str) -> float:
     """Copies of shards: FSDP's hybrid mesh."""
     world = dist.get_world_size()
+    if world < 2:
+        return 0.0
     mesh = init_device_mesh(device, (2, world // 2), mesh_dim_names=("copies", "shards"))
     return trained(device, "FT", lambda m: by_fsdp(m, mesh))
