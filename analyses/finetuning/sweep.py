@@ -40,6 +40,9 @@ class Job:
         follow: what to record where that is not the recipe's roles.
         recording: further arguments of the `Recorder`.
         adapt: prepares the model for the recipe's method; a function of a module.
+        capture: take W_0 before the method may rewrite it.
+        graph: replay a captured graph on a GPU.
+        may_fail: note an error as the job's outcome, and go on with the others.
     """
 
     name: str
@@ -49,6 +52,9 @@ class Job:
     follow: tuple[str, ...] | None = None
     recording: dict[str, Any] = field(default_factory=dict)
     adapt: Adapt = adapt
+    capture: bool = False
+    graph: bool = True
+    may_fail: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,18 @@ class Sweep:
 
     @property
     def scores(self) -> pd.DataFrame:
-        """A row a job: its name, its tags, its held-out score, its seconds."""
+        """A row a job: its name, its tags, its held-out score, its seconds; or its error."""
         return pd.DataFrame(self.about["jobs"])
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """The jobs that came to their end."""
+        return [job for job in self.about["jobs"] if not job.get("error")]
 
     def trajectory(self, count: int | None = 4) -> pd.DataFrame:
         """All rows of all runs, or those of `count` late checkpoints, with the tags as columns."""
         tables = []
-        for job in self.about["jobs"]:
+        for job in self.finished:
             table = dd.load_runs(self.folder / job["job"])
             table = table if count is None else dd.select_checkpoints(table, count, "late")
             own = {name: job[name] for name in job if name not in _SCORES | set(table.columns)}
@@ -80,7 +91,7 @@ class Sweep:
         return pd.concat(tables, ignore_index=True)
 
 
-_SCORES: Final = frozenset({"retrieval", "label", "loss", "seconds", "error"})
+_SCORES: Final = frozenset({"retrieval", "label", "loss", "seconds", "error", "trained_parameters"})
 
 
 def add_options(
@@ -209,16 +220,24 @@ def _outcome_of(job: Job) -> dict[str, Any]:
 
 def _outcome(base: PairModel, task: Task, job: Job, folder: Path) -> dict[str, Any]:
     """Run one job; its name, its tags, its score, and how long it took."""
-    start = perf_counter()
-    score = fine_tune(
-        base,
-        task,
-        job.recipe,
-        job.seed,
-        folder / job.name,
-        adapt=job.adapt,
-        follow=job.follow,
-        **job.recording,
-    )
     about = {"job": job.name, "method": job.recipe.method, "seed": job.seed} | job.tags
-    return about | asdict(score) | {"seconds": round(perf_counter() - start, 1)}
+    start = perf_counter()
+    try:
+        tuned = fine_tune(
+            base,
+            task,
+            job.recipe,
+            job.seed,
+            folder / job.name,
+            adapt=job.adapt,
+            follow=job.follow,
+            capture=job.capture,
+            graph=job.graph,
+            **job.recording,
+        )
+    except Exception as error:
+        if not job.may_fail:
+            raise
+        return about | {"error": f"{type(error).__name__}: {error}"[:300]}
+    found = asdict(tuned.score) | {"trained_parameters": tuned.trained_parameters}
+    return about | found | {"seconds": round(perf_counter() - start, 1)}

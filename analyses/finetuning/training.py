@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +77,14 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return kind(settings, lr=recipe.learning_rate, fused=True)
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What a run gave: its held-out score, and how many numbers were trained, the head aside."""
+
+    score: Score
+    trained_parameters: int
+
+
 def fine_tune(
     base: PairModel,
     task: Task,
@@ -86,8 +94,10 @@ def fine_tune(
     *,
     adapt: Callable[[PairModel, Recipe], None] = adapt,
     follow: tuple[str, ...] | None = None,
+    capture: bool = False,
+    graph: bool = True,
     **recording: Any,
-) -> Score:
+) -> Tuned:
     """Train a copy of the base model one way, recorded in `run_dir`; returns its held-out score.
 
     Args:
@@ -98,33 +108,47 @@ def fine_tune(
         run_dir: folder of the run; one that is there is replaced.
         adapt: prepares the model for the recipe's method.
         follow: what to record where that is not the recipe's roles.
+        capture: take W_0 before the method may rewrite it.
+        graph: replay a captured graph on a GPU; no for methods that wait for it in their forward.
         recording: further arguments of the `Recorder`.
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(base)
+    if capture:
+        recording["baseline"] = dd.capture_baseline(model, follow or recipe.roles)
     adapt(model, recipe)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained -= sum(p.numel() for p in model.head.parameters())
     recorder = dd.Recorder(
         model,
         follow or recipe.roles,
         run_dir=run_dir,
         method=recipe.method,
         seed=seed,
-        hyperparameters={"recipe": asdict(recipe)},
+        hyperparameters={"recipe": asdict(recipe), "trained_parameters": trained},
         overwrite=True,
         **{"every": max(1, recipe.steps // RECORDS)} | recording,
     )
-    train(model, task, recipe, recorder, seed)
-    return model.score(task.held_out)
+    train(model, task, recipe, recorder, seed, graph=graph)
+    return Tuned(model.score(task.held_out), trained)
 
 
-def train(model: PairModel, task: Task, recipe: Recipe, recorder: dd.Recorder, seed: int) -> None:
+def train(
+    model: PairModel,
+    task: Task,
+    recipe: Recipe,
+    recorder: dd.Recorder,
+    seed: int,
+    *,
+    graph: bool = True,
+) -> None:
     """Train with a linear schedule and warm-up while `recorder` watches."""
     optimizer = make_optimizer(model, recipe)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.schedule)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     order = order_of(len(task.train), recipe, seed).to(task.train.labels.device)
     model.train()
-    backward = gradients(model, task.train, order[0])
+    backward = gradients(model, task.train, order[0], graph=graph)
     with (
         recorder.attach(optimizer),
         tqdm(total=recipe.steps, desc=f"{recipe.method:>5}", unit="step", disable=None) as bar,
@@ -148,7 +172,9 @@ def order_of(examples: int, recipe: Recipe, seed: int) -> Tensor:
     return torch.from_numpy(np.stack(batches))
 
 
-def gradients(model: PairModel, examples: Examples, chosen: Tensor) -> Callable[[Tensor], Tensor]:
+def gradients(
+    model: PairModel, examples: Examples, chosen: Tensor, *, graph: bool = True
+) -> Callable[[Tensor], Tensor]:
     """A function that sets the gradients of the loss on some examples, and returns the loss.
 
     On a GPU it replays one captured graph, since a small model's hundreds of launches would take
@@ -161,7 +187,7 @@ def gradients(model: PairModel, examples: Examples, chosen: Tensor) -> Callable[
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    return replayed(eager, model, chosen) if chosen.is_cuda else eager
+    return replayed(eager, model, chosen) if chosen.is_cuda and graph else eager
 
 
 def replayed(

@@ -114,12 +114,14 @@ _CROSS_ATTENTION: Final = frozenset(
 _WRAPPERS: Final = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 )
+_PEFT_PREFIX: Final = re.compile(r"(^|\.)base_model\.model\.")
+"""What PEFT puts before the paths of the model it wraps, also where that is part of another."""
 _LAYER_CONTAINER: Final = re.compile(r"(.*_)?(layers?|blocks?|h)")
 
 
 def clean_name(path: str) -> str:
     """`path` without what torch.compile, FSDP, checkpointing and PEFT put into it."""
-    path = path.removeprefix("base_model.model.")
+    path = _PEFT_PREFIX.sub(r"\1", path)
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 

@@ -80,7 +80,10 @@ def test_every_shape_of_model_learns_the_pairs(
     before = {name: value.clone() for name, value in base.state_dict().items()}
     held_out = base.score(task.train)
     recipe = Recipe("FT", steps=30, batch_size=10, learning_rate=1e-2)
-    learned = fine_tune(base, replace(task, held_out=task.train), recipe, 0, tmp_path / "run")
+    seen = replace(task, held_out=task.train)
+    tuned = fine_tune(base, seen, recipe, 0, tmp_path / "run", capture=True)
+    learned = tuned.score
+    assert tuned.trained_parameters == sum(p.numel() for p in base.backbone.parameters())
     assert learned.loss < held_out.loss - 0.3
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     table = dd.load_runs(tmp_path / "run")

@@ -284,6 +284,9 @@ class TestWrappers:
         assert all(hasattr(model.get_submodule(s.module), "base_layer") for s in sites)
         everything = find_sites(model, ["*"], "matrix")
         assert not [s for s in everything if "lora" in s.name or "base_layer" in s.module]
+        part = nn.ModuleDict({"backbone": model})
+        sites = find_sites(part, ["query", "output"], "matrix")
+        assert names(sites) == [f"backbone.{name}" for name in plain]
 
     def test_modules_to_save(self, tiny_transformer: Build) -> None:
         peft = pytest.importorskip("peft")

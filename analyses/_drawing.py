@@ -1,0 +1,71 @@
+"""What the study's figures share: colours and markers of methods, panels in the package's style."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from matplotlib.figure import Figure
+
+from dora_dynamics.plotting._style import LINE_COLOUR, context, style_named
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+METHOD_COLOURS: Final = {"FT": "#0072B2", "LoRA": "#D55E00", "DoRA": "#009E73"}
+METHOD_MARKERS: Final = {"FT": "o", "LoRA": "^", "DoRA": "s"}
+
+
+@contextmanager
+def panels(
+    rows: int, columns: int, *, height: float | None = None, width: float | None = None, **axes: Any
+) -> Iterator[tuple[Figure, NDArray[Any]]]:
+    """A figure of text width with rows × columns panels, drawn in the paper style inside."""
+    style = style_named("paper")
+    with context(style):
+        size = (width or style.text_width, height or style.panel_height * rows + 0.35)
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False, **axes)
+
+
+def with_interval(
+    axes: Axes,
+    x: NDArray[np.float64],
+    table: pd.DataFrame,
+    name: str,
+    method: str,
+    *,
+    label: str | None = None,
+    line: bool = True,
+    **looks: Any,
+) -> None:
+    """Points of an estimate with their intervals, joined by a line, in a method's looks."""
+    colour = METHOD_COLOURS.get(method, LINE_COLOUR)
+    y, low, high = (table[column].to_numpy(float) for column in _bounds(name))
+    axes.vlines(x, low, high, color=colour, linewidth=0.9)
+    axes.plot(
+        x,
+        y,
+        METHOD_MARKERS.get(method, "D") + ("-" if line else ""),
+        **{"color": colour, "markersize": 4, "label": label or method} | looks,
+    )
+
+
+def _bounds(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_low", f"{name}_high"
+
+
+def zero_line(axes: Axes) -> None:
+    """A line at zero, where a sign changes."""
+    axes.axhline(0, color=LINE_COLOUR, linewidth=0.7, zorder=1)
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int = 6) -> None:
+    """One legend for all panels, from one of them, below the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))

@@ -1,0 +1,229 @@
+"""Run: `python -m analyses.adapter_zoo` (full: `--seeds 2 --steps 300 --batch-size 64`).
+
+Every method of PEFT that has an effective weight, put on the query and value projections: same
+data, steps and batch size, no weight decay, each at the learning rate (of four) at which it finds
+most held-out texts. One map: how ΔM goes with ΔD across the units of a matrix, against the share
+of the update that is radial, the task score as colour, full fine-tuning as the landmark. Is a
+method that moves more like full fine-tuning also better at the task?
+
+A method's distance from full fine-tuning is Euclidean over four standardised measures: coupling
+across layers and across units (signed, Fisher's z), radial share, and log of relative ΔM over ΔD.
+
+Writes figures/adapter_zoo.{png,svg}, analyses/results/adapter_zoo.csv, _answer.csv and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Normalize
+from scipy import stats
+
+import dora_dynamics as dd
+from analyses import _drawing as drawing
+from analyses.finetuning import sweep
+from analyses.finetuning.recipe import Recipe
+from analyses.finetuning.sweep import Job
+from dora_dynamics.plotting import save
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+    from analyses.finetuning.task import PairModel
+
+RATES: Final = (3e-4, 1e-3, 3e-3, 1e-2)
+FULL_RATES: Final = (3e-5, 1e-4, 3e-4, 1e-3)
+MEASURES: Final = ("r_layers", "r_units", "radial_share", "log_ratio")
+
+ZOO: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "LoRA": ("LORA", {"r": 16, "lora_alpha": 16}),
+    "rsLoRA": ("LORA", {"r": 16, "lora_alpha": 16, "use_rslora": True}),
+    "DoRA": ("LORA", {"r": 16, "lora_alpha": 16, "use_dora": True}),
+    "PiSSA": ("LORA", {"r": 16, "lora_alpha": 16, "init_lora_weights": "pissa"}),
+    "OLoRA": ("LORA", {"r": 16, "lora_alpha": 16, "init_lora_weights": "olora"}),
+    "LoRA orthogonal": ("LORA", {"r": 16, "lora_alpha": 16, "init_lora_weights": "orthogonal"}),
+    "AdaLoRA": ("ADALORA", {"init_r": 16, "target_r": 8, "total_step": 10**6}),
+    "AdaMSS": ("ADAMSS", {"r": 64, "num_subspaces": 4, "subspace_rank": 2}),
+    "BOFT": ("BOFT", {"boft_block_size": 32}),
+    "C3A": ("C3A", {"block_size": 32}),
+    "DEFT": ("DEFT", {"r": 16}),
+    "DeLoRA": ("DELORA", {"r": 16}),
+    "FourierFT": ("FOURIERFT", {"n_frequency": 1000}),
+    "FRoD": ("FROD", {"progressbar": False}),
+    "GLoRA": ("GLORA", {"r": 16}),
+    "GraLoRA": ("GRALORA", {"r": 16, "gralora_k": 2}),
+    "HiRA": ("HIRA", {"r": 16}),
+    "HRA": ("HRA", {"r": 8}),
+    "IA3": ("IA3", {"feedforward_modules": []}),
+    "LoHa": ("LOHA", {"r": 8}),
+    "LoKr": ("LOKR", {"r": 16}),
+    "MiSS": ("MISS", {"r": 16}),
+    "Bone (MiSS bat)": ("MISS", {"r": 16, "init_weights": "bat"}),
+    "OFT": ("OFT", {"oft_block_size": 32, "r": 0}),
+    "OSF": ("OSF", {"effective_rank": 192}),
+    "PEANUT": ("PEANUT", {"r": 16}),
+    "PSOFT": ("PSOFT", {"r": 32}),
+    "PVeRA": ("PVERA", {"r": 256}),
+    "RandLoRA": ("RANDLORA", {"r": 16}),
+    "RoAd": ("ROAD", {"variant": "road_1"}),
+    "SHiRA": ("SHIRA", {"r": 16}),
+    "SuperTuning": ("SUPERTUNING", {"sparsity": 0.9}),
+    "TinyLoRA": ("TINYLORA", {"r": 2, "u": 16}),
+    "UniLoRA": ("UNILORA", {"r": 16, "theta_d_length": 4096}),
+    "VB-LoRA": ("VBLORA", {"r": 4, "num_vectors": 64, "vector_length": 64}),
+    "VeRA": ("VERA", {"r": 256}),
+    "WaveFT": ("WAVEFT", {"n_frequency": 1000}),
+}
+"""PEFT type and settings by the name on the map: the methods that change query and value. Not
+here are those that change other weights (LN tuning, trainable tokens, BEFT) or none."""
+
+
+def adapt_by_peft(model: PairModel, recipe: Recipe) -> None:
+    """Put the method on the backbone by PEFT, or train everything for FT."""
+    model.requires_grad_(True)
+    if recipe.method != "FT":
+        import peft
+
+        kind, settings = ZOO[recipe.method]
+        config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+        model.backbone = peft.get_peft_model(
+            model.backbone,  # type: ignore[arg-type]
+            config(target_modules=list(recipe.roles), **settings),
+        )
+    model.head.requires_grad_(True)
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """Every method at every learning rate, and full fine-tuning."""
+    return [
+        Job(
+            f"{number}-{rate:g}-seed{seed}",
+            Recipe(method, options.steps, options.batch_size, rate),
+            seed,
+            {"rate": rate},
+            recording={"every": [options.steps * part // 8 for part in (5, 6, 7, 8)]},
+            adapt=adapt_by_peft,
+            capture=True,
+            graph=method == "FT",
+            may_fail=method != "FT",
+        )
+        for number, method in enumerate(["FT", *options.methods])
+        for rate in (FULL_RATES if method == "FT" else RATES)
+        for seed in range(options.seeds)
+    ]
+
+
+def best_rate(scores: pd.DataFrame) -> pd.DataFrame:
+    """A row a method: the learning rate with the best mean score, that score, what is trained."""
+    by = ["method", "rate"]
+    means = scores.groupby(by, sort=False)[["retrieval", "loss", "trained_parameters"]].mean()
+    best = means["retrieval"].groupby(level="method", sort=False).idxmax().dropna()
+    return means.loc[list(best)].reset_index()
+
+
+def measures(late: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """A row a method at its best rate: score and the four measures, and its distance from FT."""
+    table = late.merge(chosen[["method", "rate"]], on=["method", "rate"])
+    rows = chosen.set_index("method")
+    for name, level in (("r_layers", "within_step"), ("r_units", "units")):
+        found = dd.coupling(
+            table,
+            by=["method", "role"],
+            level=level,
+            signed=True,
+            permutations=0,
+            resamples=1,  # type: ignore[arg-type]
+        )
+        rows[name] = found.groupby("method")["pearson"].mean()
+    means = table.groupby("method")
+    rows["radial_share"] = means["radial_share"].mean()
+    ratio = table["relative_delta_magnitude"] / table["delta_direction"]
+    rows["log_ratio"] = np.log(ratio.where(ratio > 0)).groupby(table["method"]).mean()
+    placed = rows[list(MEASURES)].copy()
+    for name in ("r_layers", "r_units"):
+        placed[name] = np.arctanh(placed[name].clip(-0.999, 0.999))
+    placed = (placed - placed.mean()) / placed.std()
+    rows["distance"] = np.sqrt(((placed - placed.loc["FT"]) ** 2).sum(axis=1, skipna=False))
+    return rows.reset_index()
+
+
+def answer(table: pd.DataFrame, resamples: int = 10_000, seed: int = 0) -> pd.DataFrame:
+    """Correlation of distance from FT with the score, over methods, with bootstrap intervals."""
+    others = table[table["method"] != "FT"].dropna(subset=["distance", "retrieval"])
+    rng = np.random.default_rng(seed)
+    rows = []
+    for name in ("distance", "r_layers", "r_units", "radial_share", "log_ratio"):
+        x, y = others[name].to_numpy(float), others["retrieval"].to_numpy(float)
+        drawn = rng.integers(len(x), size=(resamples, len(x)))
+        with np.errstate(invalid="ignore"):
+            many = [float(stats.spearmanr(x[i], y[i]).statistic) for i in drawn[:2000]]
+        low, high = np.nanquantile(many, [0.025, 0.975])
+        rho = float(stats.spearmanr(x, y).statistic)
+        rows.append({"measure": name, "methods": len(x), "rho": rho, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
+    """Left: the map. Right: score against distance from FT."""
+    with drawing.panels(1, 2, height=3.6, width_ratios=(1.5, 1)) as (figure, axes):
+        plane, against = axes[0]
+        scale = Normalize(*np.nanquantile(table["retrieval"], [0.05, 1]))
+        shown = None
+        for row in table.itertuples():
+            full = row.method == "FT"
+            style: dict[str, Any] = {"s": 90 if full else 26, "marker": "*" if full else "o"}
+            style |= {"c": [row.retrieval], "norm": scale, "cmap": "viridis"}
+            style |= {"edgecolor": "black", "linewidth": 0.8 if full else 0.3, "zorder": 3}
+            shown = plane.scatter(row.r_units, row.radial_share, **style)
+            against.scatter(row.distance, row.retrieval, **style)
+            for panel, x, y in (
+                (plane, row.r_units, row.radial_share),
+                (against, row.distance, row.retrieval),
+            ):
+                panel.annotate(
+                    row.method, (x, y), (3, 2), textcoords="offset points", fontsize=4.8,
+                    weight="bold" if full else "normal",
+                )  # fmt: skip
+        plane.axvline(0, color="#333333", linewidth=0.7)
+        plane.set_yscale("log")
+        plane.set_xlim(-1.05, 1.15)
+        plane.set_xlabel("r of signed ΔM and ΔD across the units of a matrix")
+        plane.set_ylabel("radial share of ‖ΔW‖²")
+        rho = found.set_index("measure").loc["distance"]
+        against.set_title(
+            f"ρ = {rho['rho']:+.2f} [{rho['low']:+.2f}, {rho['high']:+.2f}]".replace("-", "−")
+        )
+        against.set_xlabel("distance from full fine-tuning")
+        against.set_ylabel("share of texts found")
+        if shown is not None:
+            figure.colorbar(shown, ax=plane, label="share of texts found", pad=0.01)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains every method, writes the table, the answer and the map."""
+    parser = argparse.ArgumentParser(prog="python -m analyses.adapter_zoo")
+    sweep.add_options(parser, "adapter_zoo", steps=40, batch_size=16, seeds=1)
+    parser.add_argument("--methods", nargs="+", choices=list(ZOO), default=list(ZOO))
+    options = parser.parse_args(argv)
+    done = sweep.run_or_read(options, jobs(options))
+    failed = done.scores[done.scores["error"].notna()] if "error" in done.scores else []
+    table = measures(done.trajectory(), best_rate(pd.DataFrame(done.finished)))
+    found = answer(table)
+    table.to_csv(sweep.results(options, ".csv"), index=False, float_format="%.5g")
+    found.to_csv(sweep.results(options, "_answer.csv"), index=False, float_format="%.5g")
+    files = save(draw(table, found), options.out / "figures" / options.name)
+    if len(failed):
+        print(failed.groupby("method")["error"].first().to_string())  # type: ignore[union-attr]
+    print(table.round(3).to_string(index=False))
+    print(found.round(3).to_string(index=False))
+    print(f"Wrote {', '.join(map(str, files))}")
+
+
+if __name__ == "__main__":
+    main()

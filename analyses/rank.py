@@ -1,0 +1,197 @@
+"""Run: `python -m analyses.rank` (full setting: `--seeds 5 --steps 500 --batch-size 128`).
+
+Task score and coupling against rank, 2 to 128, for LoRA and DoRA, beside full fine-tuning; DoRA
+against LoRA of twice its rank; and how many directions the updates really use: the effective rank
+exp(H) of ΔW, where H is the entropy of its singular values as shares of their sum (Roy and
+Vetterli 2007), and the share of ‖ΔW‖² in the largest of them.
+
+Writes figures/rank.{png,svg} and analyses/results/rank.{csv,json}, rank_spectrum.csv and
+rank_halved.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+import dora_dynamics as dd
+from analyses import _drawing as drawing
+from analyses.finetuning import sweep
+from analyses.finetuning.recipe import LEARNING_RATES, PAPER_TOTAL_DECAY, Recipe
+from analyses.finetuning.sweep import Job
+from dora_dynamics.effective import Dense
+from dora_dynamics.plotting import save
+from dora_dynamics.snapshots import load_baseline, load_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from dora_dynamics.effective import EffectiveWeight
+
+RANKS: Final = (2, 4, 8, 16, 32, 64, 128)
+TABLE_15: Final = {"rank": (4, 8, 16, 32, 64), "LoRA": (39.5, 40.7, 70.9, 74.8, 65.8),
+                   "DoRA": (61.9, 77.9, 77.5, 78.1, 72.1)}  # fmt: skip
+"""The paper's Table 15: LLaMA-7B, mean accuracy of commonsense reasoning, against rank."""
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """LoRA and DoRA of every rank, and full fine-tuning; the last weights are kept."""
+    found = []
+    last = {"every": [options.steps * part // 8 for part in (5, 6, 7, 8)], "keep": "weights"}
+    for method in ("FT", "LoRA", "DoRA"):
+        for rank in [0] if method == "FT" else options.ranks:
+            recipe = Recipe(
+                method,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                learning_rate=LEARNING_RATES[method],
+                rank=rank,
+                total_decay=PAPER_TOTAL_DECAY[method] if options.decay else 0.0,
+            )
+            found += [
+                Job(f"{method}-{rank}-seed{seed}", recipe, seed, {"rank": rank}, recording=last)
+                for seed in range(options.seeds)
+            ]
+    return found
+
+
+def spectrum(run: Path) -> pd.DataFrame:
+    """A row a site: what the singular values of the last W' − W_0 say."""
+    last = int(dd.load_runs(run)["step"].max())
+    weights = load_weights(run, last)
+    rows = []
+    for site, before in load_baseline(run).items():
+        after = dense(weights[site.tensor], before)
+        values = torch.linalg.svdvals(after - before.double()).numpy()
+        row = {"site": site.name, "role": site.role, "layer": site.layer}
+        rows.append(row | shape_of(values))
+    return pd.DataFrame(rows)
+
+
+def dense(effective: EffectiveWeight, before: Tensor) -> Tensor:
+    """W' in float64, as `nn.Linear` stores it."""
+    if isinstance(effective, Dense):
+        return effective.weight.double()
+    turned = before.double() + effective.scaling * effective.B.double() @ effective.A.double()
+    if effective.magnitude is None:
+        return turned
+    return effective.magnitude.double()[:, None] * turned / turned.norm(dim=1, keepdim=True)
+
+
+def shape_of(values: NDArray[np.float64]) -> dict[str, float]:
+    """Entropy, effective rank and largest share of singular values."""
+    shares = values[values > 0] / values.sum()
+    entropy = float(-(shares * np.log(shares)).sum())
+    return {
+        "entropy": entropy,
+        "effective_rank": float(np.exp(entropy)),
+        "top_share": float(values[0] ** 2 / (values**2).sum()),
+    }
+
+
+def halved(scores: pd.DataFrame) -> pd.DataFrame:
+    """Score of DoRA minus that of LoRA at the same and at twice its rank, paired by seed."""
+    each = scores.set_index(["method", "rank", "seed"])["retrieval"]
+    rows = []
+    for rank in sorted(set(scores["rank"]) - {0}):
+        for other in (rank, 2 * rank):
+            if ("LoRA", other) not in each.index.droplevel("seed"):
+                continue
+            difference = (each["DoRA", rank] - each["LoRA", other]).to_numpy(float)
+            mean, n = float(difference.mean()), len(difference)
+            half = (
+                float(stats.sem(difference) * stats.t.ppf(0.975, n - 1)) if n > 1 else float("nan")
+            )
+            row = {"dora_rank": rank, "lora_rank": other, "seeds": n, "difference": mean}
+            rows.append(row | {"low": mean - half, "high": mean + half})
+    return pd.DataFrame(rows)
+
+
+def summary(late: pd.DataFrame, scores: pd.DataFrame, shapes: pd.DataFrame) -> pd.DataFrame:
+    """A row a method, rank and role: coupling across layers, score and effective rank."""
+    coupled = dd.coupling(late, by=["method", "rank", "role"], level="within_step", permutations=0)
+    by = ["method", "rank"]
+    held = scores.groupby(by)["retrieval"].agg(["mean", "sem", "count"]).reset_index()
+    half = held["sem"] * stats.t.ppf(0.975, held["count"] - 1)
+    held = held.assign(score=held["mean"], score_low=held["mean"] - half)
+    held = held.assign(score_high=held["mean"] + half).drop(columns=["mean", "sem", "count"])
+    used = shapes.groupby([*by, "role"])[["effective_rank", "entropy", "top_share"]].mean()
+    return coupled.merge(held, on=by).merge(used.reset_index(), on=[*by, "role"])
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Score, Table 15's shape, coupling and effective rank, each against rank."""
+    with drawing.panels(2, 2) as (figure, axes):
+        score, paper, coupled, used = axes.flat
+        value = table[table["role"] == "value"].sort_values("rank")
+        for method in ("LoRA", "DoRA"):
+            rows = value[value["method"] == method]
+            x = rows["rank"].to_numpy(float)
+            shift = 0.97 if method == "LoRA" else 1.03
+            drawing.with_interval(score, x * shift, rows, "score", method)
+            drawing.with_interval(coupled, x * shift, rows, "pearson", method)
+            colour, marker = drawing.METHOD_COLOURS[method], drawing.METHOD_MARKERS[method]
+            used.plot(x, rows["effective_rank"], marker + "-", color=colour, markersize=4)
+            paper.plot(TABLE_15["rank"], TABLE_15[method], marker + "-", color=colour, markersize=4)
+        full = value[value["method"] == "FT"].iloc[0]
+        for panel, name in ((score, "score"), (coupled, "pearson"), (used, "effective_rank")):
+            panel.axhline(
+                full[name], color=drawing.METHOD_COLOURS["FT"], linestyle="--", label="FT"
+            )
+            if name != "effective_rank":
+                low, high = full[f"{name}_low"], full[f"{name}_high"]
+                panel.axhspan(low, high, color=drawing.METHOD_COLOURS["FT"], alpha=0.1)
+        used.plot(RANKS, RANKS, color="#333333", linewidth=0.8, linestyle=":")
+        used.annotate("all of the rank", (RANKS[3], RANKS[3]), fontsize=6.5, ha="right")
+        for panel, title, name in (
+            (score, "here: MiniLM, docstrings", "share of texts found"),
+            (paper, "the paper's Table 15: LLaMA-7B", "commonsense accuracy, %"),
+            (coupled, "coupling, value", "r of ΔM and ΔD across layers"),
+            (used, "directions used, value", "effective rank of ΔW"),
+        ):
+            panel.set_xscale("log", base=2)
+            panel.set_title(title)
+            panel.set_ylabel(name)
+            panel.set_xlabel("rank")
+        used.set_yscale("log", base=2)
+        coupled.set_ylim(-1.05, 1.05)
+        drawing.zero_line(coupled)
+        drawing.legend_below(figure, score)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains every rank, writes tables and figure."""
+    parser = argparse.ArgumentParser(prog="python -m analyses.rank")
+    sweep.add_options(parser, "rank", steps=60, batch_size=32, seeds=2)
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--no-decay", dest="decay", action="store_false", help="Λ = 0, not paper's")
+    options = parser.parse_args(argv)
+    done = sweep.run_or_read(options, jobs(options))
+    shapes = pd.concat(
+        [
+            spectrum(done.folder / job.job).assign(method=job.method, rank=job.rank, seed=job.seed)  # type: ignore[operator]
+            for job in done.scores.itertuples()
+        ],
+        ignore_index=True,
+    )
+    table, pairs = summary(done.trajectory(), done.scores, shapes), halved(done.scores)
+    for name, content in {"": table, "_spectrum": shapes, "_halved": pairs}.items():
+        content.to_csv(sweep.results(options, f"{name}.csv"), index=False, float_format="%.5g")
+    files = save(draw(table), options.out / "figures" / options.name)
+    print(pairs.round(3).to_string(index=False))
+    print(f"Wrote {', '.join(map(str, files))}")
+
+
+if __name__ == "__main__":
+    main()

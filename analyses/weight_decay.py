@@ -1,0 +1,173 @@
+"""Run: `python -m analyses.weight_decay` (full setting: `--seeds 5 --steps 500 --batch-size 128`).
+
+An intervention on what sets the sign of the coupling: fine-tune with every total weight decay
+Λ = Σ lr·weight_decay from none to 10%, everything else fixed; decay on all that the paper's code
+decays, on DoRA's magnitude alone, on the factors A and B alone. Holds the signed change of
+magnitude against what decay and turning alone would give, m' = m·exp(−Λ)/(1 − ΔD).
+
+Writes figures/weight_decay.{png,svg}, and analyses/results/weight_decay.csv (the coupling of each
+condition), _prediction.csv (its points against the prediction), _contrast.csv (LoRA minus DoRA and
+FT) and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+import dora_dynamics as dd
+from analyses import _drawing as drawing
+from analyses.finetuning import sweep
+from analyses.finetuning.recipe import LEARNING_RATES, METHODS, Recipe
+from analyses.finetuning.sweep import Job
+from dora_dynamics.plotting import save
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+    from analyses.finetuning.recipe import DecayOn
+
+TOTALS: Final = (0.0, 0.003, 0.01, 0.03, 0.1)
+PARTS: Final[tuple[DecayOn, ...]] = ("magnitude", "factors")
+ROLES: Final = ("query", "value")
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """Every method with every Λ on everything; DoRA also with Λ on a part, which none is of."""
+    conditions: list[tuple[str, DecayOn, float]] = [
+        (method, "all", total) for method in METHODS for total in options.totals
+    ]
+    conditions += [("DoRA", part, total) for part in PARTS for total in options.totals if total]
+    return [
+        Job(
+            f"{method}-{decay_on}-{total:g}-seed{seed}",
+            Recipe(
+                method,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                learning_rate=LEARNING_RATES[method],
+                total_decay=total,
+                decay_on=decay_on,
+            ),
+            seed,
+            {"decay_on": decay_on, "total": total},
+        )
+        for method, decay_on, total in conditions
+        for seed in range(options.seeds)
+    ]
+
+
+def couplings(late: pd.DataFrame) -> pd.DataFrame:
+    """Coupling across layers and across units in every condition, of absolute and signed ΔM."""
+    by = ["role", "method", "decay_on", "total"]
+    levels = ("within_step", "units")
+    return pd.concat(
+        [
+            dd.coupling(late, by=by, level=level, signed=signed, permutations=0)
+            for level in levels
+            for signed in (False, True)
+        ],
+        ignore_index=True,
+    )
+
+
+def prediction(late: pd.DataFrame) -> pd.DataFrame:
+    """The last checkpoint's relative signed ΔM, measured, and from Λ and ΔD alone."""
+    last = late[late["step"] == late.groupby("run")["step"].transform("max")]
+    found = last[["method", "decay_on", "total", "seed", "role", "site", "layer"]].copy()
+    found["measured"] = last["signed_delta_magnitude"] / last["magnitude_before"]
+    shrunk = np.exp(-last["total_decay"].to_numpy(float))
+    found["predicted"] = shrunk / (1 - last["delta_direction"].to_numpy(float)) - 1
+    found["error"] = found["measured"] - found["predicted"]
+    return found
+
+
+def contrast(late: pd.DataFrame) -> pd.DataFrame:
+    """Coupling across layers of LoRA minus that of another method, paired by seed, at each Λ.
+
+    The intervals are Student's t over seeds, so that they speak of these layers and of other runs.
+    """
+    everything = late[late["decay_on"] == "all"]
+    by = ["role", "total", "seed", "method"]
+    each = dd.coupling(everything, by=by, level="within_step", permutations=0, resamples=1)
+    wide = each.pivot(index=by[:-1], columns="method", values="pearson")
+    rows = []
+    for (role, total), group in wide.groupby(level=["role", "total"]):
+        for other in ("FT", "DoRA"):
+            difference = (group["LoRA"] - group[other]).to_numpy(float)
+            mean, n = float(difference.mean()), len(difference)
+            half = (
+                float(stats.sem(difference) * stats.t.ppf(0.975, n - 1)) if n > 1 else float("nan")
+            )
+            row = {"role": role, "total": total, "contrast": f"LoRA − {other}", "seeds": n}
+            rows.append(row | {"mean": mean, "low": mean - half, "high": mean + half})
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
+    """Left: r across layers against Λ. Right: signed ΔM against what decay and turning give."""
+    shown = table[(table["level"] == "within_step") & ~table["signed"]]
+    totals = sorted(shown["total"].unique())
+    at = {total: float(place) for place, total in enumerate(totals)}
+    with drawing.panels(2, 2, width_ratios=(1.15, 1)) as (figure, axes):
+        for row, role in enumerate(ROLES):
+            left, right = axes[row]
+            drawing.zero_line(left)
+            for shift, method in zip((-0.08, 0.0, 0.08), METHODS, strict=True):
+                chosen = shown[
+                    (shown["role"] == role)
+                    & (shown["method"] == method)
+                    & (shown["decay_on"] == "all")
+                ].sort_values("total")
+                x = chosen["total"].map(at).to_numpy(float) + shift
+                drawing.with_interval(left, x, chosen, "pearson", method)
+            left.set_xticks(list(at.values()), [f"{100 * total:g}%" for total in totals])
+            left.set_ylim(-1.05, 1.05)
+            left.set_title(f"{role}: ΔM goes with ΔD …")
+            left.set_ylabel("r across layers, 95% interval")
+            here = points[(points["role"] == role) & (points["decay_on"] == "all")]
+            for method in METHODS:
+                chosen = here[here["method"] == method]
+                right.plot(
+                    100 * chosen["predicted"],
+                    100 * chosen["measured"],
+                    drawing.METHOD_MARKERS[method],
+                    color=drawing.METHOD_COLOURS[method],
+                    markersize=3,
+                    alpha=0.5,
+                    markeredgewidth=0,
+                )
+            ends = 100 * np.array([here["predicted"].min(), here["predicted"].max()])
+            right.plot(ends, ends, color="#333333", linewidth=0.8)
+            right.set_title(f"{role}: … as decay and turning alone would")
+            right.set_ylabel("measured (m' − m)/m, %")
+        axes[-1, 0].set_xlabel("total weight decay Λ")
+        axes[-1, 1].set_xlabel("predicted exp(−Λ)/(1 − ΔD) − 1, %")
+        drawing.legend_below(figure, axes[0, 0])
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains every condition, writes tables and figure, prints the contrast."""
+    parser = argparse.ArgumentParser(prog="python -m analyses.weight_decay")
+    sweep.add_options(parser, "weight_decay", steps=60, batch_size=32, seeds=1)
+    parser.add_argument("--totals", type=float, nargs="+", default=list(TOTALS))
+    options = parser.parse_args(argv)
+    done = sweep.run_or_read(options, jobs(options))
+    late = done.trajectory()
+    table, points, differences = couplings(late), prediction(late), contrast(late)
+    for name, content in {"": table, "_prediction": points, "_contrast": differences}.items():
+        content.to_csv(sweep.results(options, f"{name}.csv"), index=False, float_format="%.5g")
+    files = save(draw(table, points), options.out / "figures" / options.name)
+    print(differences.round(3).to_string(index=False))
+    print(f"Wrote {', '.join(map(str, files))}")
+
+
+if __name__ == "__main__":
+    main()
