@@ -180,8 +180,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = sweep.run_or_read(options, jobs(options))
     shapes = pd.concat(
         [
-            spectrum(done.folder / job.job).assign(method=job.method, rank=job.rank, seed=job.seed)  # type: ignore[operator]
-            for job in done.scores.itertuples()
+            spectrum(done.folder / job["job"]).assign(
+                method=job["method"], rank=job["rank"], seed=job["seed"]
+            )
+            for job in done.finished
         ],
         ignore_index=True,
     )

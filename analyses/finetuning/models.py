@@ -54,5 +54,5 @@ def load(model: str | Path | None) -> tuple[nn.Module, Any]:
         for name, value in config.to_dict().items()
         if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float)
     }
-    loaded: nn.Module = AutoModel.from_pretrained(source, dtype="float32", **without_dropout)
-    return loaded, tokenizer
+    loaded: nn.Module = AutoModel.from_pretrained(source, **without_dropout)
+    return loaded.float(), tokenizer
