@@ -28,6 +28,7 @@ from analyses.finetuning import sweep
 from analyses.finetuning.recipe import Recipe
 from analyses.finetuning.sweep import Job
 from dora_dynamics.plotting import save
+from dora_dynamics.sites import find_sites
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,10 +91,11 @@ def adapt_by_peft(model: PairModel, recipe: Recipe) -> None:
         import peft
 
         kind, settings = ZOO[recipe.method]
-        config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+        config: Any = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+        targets = [site.module for site in find_sites(model.backbone, recipe.roles)]
         model.backbone = peft.get_peft_model(
             model.backbone,  # type: ignore[arg-type]
-            config(target_modules=list(recipe.roles), **settings),
+            config(target_modules=targets, **settings),
         )
     model.head.requires_grad_(True)
 

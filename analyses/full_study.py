@@ -1,13 +1,14 @@
-r"""Run: `python -m analyses.full_study --data pairs.jsonl` (about half an hour on one H100).
+r"""Run: `python -m analyses.full_study --data pairs.jsonl` (about 20 minutes on two H100s).
 
 The study at full strength: every command with which the results in analyses/results/ were made.
-`--list` prints them. The commands of a queue run one after the other, the queues side by side, each
-on a GPU of its own where there are two. `--parts` runs some of the parts only.
+`--list` prints them. The commands of a queue run one after the other, the queues side by side, in
+turn on the GPUs that there are. `--parts` runs some of the parts only.
 
 The pairs of the committed results were written by
 
     python -m analyses.finetuning.docstrings --out pairs.jsonl --per-package 2500 \
-        --packages python torch numpy scipy pandas matplotlib sklearn transformers sympy networkx numba mypy pip
+        --packages python torch numpy scipy pandas matplotlib sklearn transformers sympy \
+        networkx numba mypy pip
 
 with the packages of the extra `dev` installed.
 """
@@ -32,31 +33,33 @@ LONG: Final = "--seeds 5 --steps 1500 --batch-size 128 --held-out 1000"
 SHORT: Final = "--steps 500 --batch-size 128 --held-out 1000"
 BART: Final = "--model {out}/models/bart"
 
-PARTS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "1": (
         (
-            "pretrain --shape bart --out {out}",
+            "pretrain --shape bart --steps 4000 --out {out}",
             f"reproduce {LONG} {BART} --name reproduction_bart {{common}}",
             f"reproduce {LONG} {BART} --weight-decay 0 --name reproduction_bart_no_decay "
             "{common}",
         ),
         (
             f"reproduce {LONG} {{minilm}} --name reproduction_minilm {{common}}",
-            f"reproduce {LONG} {{minilm}} --weight-decay 0 --name reproduction_minilm_no_decay "
-            "{common}",
-            f"weight_decay --seeds 5 {SHORT} {{minilm}} {{common}}",
+            f"reproduce {LONG} {{minilm}} --weight-decay 0 "
+            "--name reproduction_minilm_no_decay {common}",
         ),
+        (
+            "merge {minilm} --out {out}",
+            "gradient_geometry --batches 128 {minilm} --out {out}",
+        ),
+        (f"weight_decay --seeds 5 {SHORT} {{minilm}} {{common}}",),
     ),
     "2": (
         (
             f"rank --seeds 5 {SHORT} {{minilm}} {{common}}",
             f"heads_and_norms --seeds 3 {SHORT} {{minilm}} {{common}}",
-            "gradient_geometry --batches 256 {minilm} --out {out}",
-            "merge {minilm} --out {out}",
         ),
+        (f"sign_map --seeds 3 {SHORT} {{minilm}} {{common}}",),
         (
-            f"sign_map --seeds 3 {SHORT} {{minilm}} {{common}}",
-            "adapter_zoo --seeds 2 --steps 300 --batch-size 64 --held-out 1000 --workers 12 "
+            "adapter_zoo --seeds 2 --steps 300 --batch-size 64 --held-out 1000 --workers 14 "
             "{minilm} {common}",
         ),
     ),
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("\n".join(f"python -m analyses.{line}" for queue in queues for line in queue))
             continue
         gpus = max(1, torch.cuda.device_count())
-        with ThreadPoolExecutor(min(gpus, len(queues))) as pool:
+        with ThreadPoolExecutor(len(queues)) as pool:
             places = [number % gpus for number in range(len(queues))]
             failed += [line for lines in pool.map(run_queue, queues, places) for line in lines]
     if failed:
