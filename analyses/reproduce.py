@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = save(magnitude_direction(late), options.out / "figures" / options.name)
 
     means = done.scores.groupby("method", sort=False)[["retrieval", "label", "loss"]].mean()
-    scores = pd.concat([pd.DataFrame({"before": done.about["before"]}).T, means])
+    before = pd.DataFrame({"before": done.about.get("before", {})}).T
+    scores = pd.concat([before, means.astype(float)])
     print(f"\nHeld-out score, mean over seeds\n{scores.round(3).to_string()}")
     print(f"\nCoupling of ΔM and ΔD over four late checkpoints\n{in_words(table)}\n")
     print("\n".join(verdicts(table)))

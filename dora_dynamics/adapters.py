@@ -247,6 +247,7 @@ def merge(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             merged = cast("Tensor", module.weight).clone()
         original = pretrained_weight(module)
+        _give_own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         others = dict(module.named_parameters(recurse=False))
         for name in others:
@@ -257,3 +258,13 @@ def merge(model: nn.Module) -> nn.Module:
         for name, parameter in others.items():
             module.register_parameter(name, parameter)
     return model
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """Part the class that `parametrize` made for a module from that of the module's deep copies.
+
+    Copies share it, and torch takes the weight off the class when a parametrization is removed:
+    merging a copy would leave the original without a weight.
+    """
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))

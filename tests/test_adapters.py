@@ -410,6 +410,10 @@ class TestMerge:
         dd.merge(twin)
         assert len(adapters(model)) == 2
         assert find_sites(twin, ["query"]) == find_sites(model, ["query"])
+        torch.testing.assert_close(twin(tokens), model(tokens), rtol=1e-5, atol=1e-6)
+        again = copy.deepcopy(model)
+        dd.merge(model)
+        torch.testing.assert_close(model(tokens), again(tokens), rtol=1e-5, atol=1e-6)
 
     def test_nothing_to_merge(self, method: str, tiny_transformer: Build) -> None:
         model = tiny_transformer()

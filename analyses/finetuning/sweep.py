@@ -19,6 +19,7 @@ from analyses.finetuning.recipe import Recipe
 from analyses.finetuning.task import PairModel, Task, make_task
 from analyses.finetuning.training import adapt, fine_tune
 from dora_dynamics import provenance
+from dora_dynamics.run_directory import RUN_FILE, TRAJECTORY_FILE, read_run
 
 if TYPE_CHECKING:
     import argparse
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Adapt: TypeAlias = Callable[[PairModel, Recipe], None]
 
 WORKERS_PER_GPU: Final = 6
+_OUTCOME: Final = "outcome.json"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ def add_options(
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write in")
     parser.add_argument("--name", default=name, help="name of the files written")
     parser.add_argument("--redraw", action="store_true", help="use the results of the last time")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on after an interruption; finished runs are kept"
+    )
 
 
 def results(options: argparse.Namespace, ending: str = ".json") -> Path:
@@ -123,15 +128,54 @@ def results(options: argparse.Namespace, ending: str = ".json") -> Path:
 
 
 def run_or_read(options: argparse.Namespace, jobs: Sequence[Job]) -> Sweep:
-    """Run the jobs, or with `--redraw` read what the last run of them left."""
+    """Run the jobs, or with `--redraw` read what the last run of them left.
+
+    Where that was interrupted, its finished runs are read, and what is missing is named in the
+    JSON file under `unfinished`.
+    """
     file = results(options)
     folder = Path(options.out) / "runs" / options.name
-    if options.redraw:
+    if options.redraw and file.exists():
         return Sweep(json.loads(file.read_text(encoding="utf-8")), folder)
+    if options.redraw:
+        return _interrupted(options, jobs, folder)
     sweep = run(options, jobs, folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(sweep.about, indent=1) + "\n", encoding="utf-8")
     return sweep
+
+
+def _interrupted(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep:
+    """What an interrupted sweep finished; written beside the results, as a whole one would be."""
+    done = [outcome for job in jobs if (outcome := _finished(job, folder)) is not None]
+    if not done:
+        raise SystemExit(f"{folder} holds no finished run to draw: run without --redraw.")
+    names = {outcome["job"] for outcome in done}
+    made = json.loads((folder / done[0]["job"] / RUN_FILE).read_text(encoding="utf-8"))
+    about = {
+        "model": Path(options.model).name if options.model else models.MINILM,
+        "data": options.data and Path(options.data).name,
+        "jobs": done,
+        "unfinished": [job.name for job in jobs if job.name not in names],
+        "recipes": _recipes([job for job in jobs if job.name in names]),
+        "versions": made["versions"],
+        "machine": made["machine"],
+    }
+    file = results(options)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return Sweep(about, folder)
+
+
+def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
+    """The outcome of a job whose run is complete; its score is missing where that was cut off."""
+    outcome, rows = folder / job.name / _OUTCOME, folder / job.name / TRAJECTORY_FILE
+    if outcome.exists():
+        found: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))
+        return found
+    if not rows.exists() or read_run(folder / job.name)["step"].max() < job.recipe.steps:
+        return None
+    return _tagged(job) | dict.fromkeys(("retrieval", "label", "loss"), None)
 
 
 def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep:
@@ -143,12 +187,17 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
     base = PairModel(backbone, len(task.labels)).to(device)
     base.fit_head(task.train.to(device))
     before = base.score(task.held_out.to(device))
-    workers = options.workers or (WORKERS_PER_GPU * _gpus() if device.type == "cuda" else 1)
     done: list[dict[str, Any]] = []
+    if options.resume:
+        done = [outcome for job in jobs if (outcome := _finished(job, folder)) is not None]
+    names = {outcome["job"] for outcome in done}
+    left = [job for job in jobs if job.name not in names]
+    workers = options.workers or (WORKERS_PER_GPU * _gpus() if device.type == "cuda" else 1)
+    workers = min(workers, max(1, len(left)))
     with tqdm(
-        total=len(jobs), desc=options.name, unit="run", disable=True if workers == 1 else None
+        total=len(left), desc=options.name, unit="run", disable=True if workers == 1 else None
     ) as bar:
-        for outcome in _outcomes(base, task, jobs, folder, device, min(workers, len(jobs))):
+        for outcome in _outcomes(base, task, left, folder, device, workers):
             done.append(outcome)
             bar.update()
             bar.set_postfix(last=outcome["job"], refresh=False)
@@ -220,7 +269,7 @@ def _outcome_of(job: Job) -> dict[str, Any]:
 
 def _outcome(base: PairModel, task: Task, job: Job, folder: Path) -> dict[str, Any]:
     """Run one job; its name, its tags, its score, and how long it took."""
-    about = {"job": job.name, "method": job.recipe.method, "seed": job.seed} | job.tags
+    about = _tagged(job)
     start = perf_counter()
     try:
         tuned = fine_tune(
@@ -240,4 +289,10 @@ def _outcome(base: PairModel, task: Task, job: Job, folder: Path) -> dict[str, A
             raise
         return about | {"error": f"{type(error).__name__}: {error}"[:300]}
     found = asdict(tuned.score) | {"trained_parameters": tuned.trained_parameters}
-    return about | found | {"seconds": round(perf_counter() - start, 1)}
+    about |= found | {"seconds": round(perf_counter() - start, 1)}
+    (folder / job.name / _OUTCOME).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    return about
+
+
+def _tagged(job: Job) -> dict[str, Any]:
+    return {"job": job.name, "method": job.recipe.method, "seed": job.seed} | job.tags

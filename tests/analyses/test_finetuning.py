@@ -206,6 +206,20 @@ def test_a_sweep_over_processes_is_a_sweep_in_one(
         about = json.loads(sweep.results(options).read_text())
         assert about["pairs"] == 40
         assert len(about["recipes"]) == 4
+
+    (tmp_path / "with-1/runs/sweep/FT-0.1/outcome.json").unlink()
+    cut = tmp_path / "with-1/runs/sweep/DoRA-0.1"
+    (cut / "outcome.json").unlink()
+    rows = (cut / "trajectory.csv").read_text().splitlines(keepends=True)
+    (cut / "trajectory.csv").write_text("".join(rows[:-4]))
+    out = ["--workers", "1", "--out", str(tmp_path / "with-1")]
+    sweep.results(parser.parse_args(out)).unlink()
+    drawn = sweep.run_or_read(parser.parse_args([*common, *out, "--redraw"]), jobs)
+    assert drawn.about["unfinished"] == ["DoRA-0.1"]
+    assert [job["retrieval"] is None for job in drawn.about["jobs"]] == [False, True, False]
+    resumed = sweep.run_or_read(parser.parse_args([*common, *out, "--resume"]), jobs)
+    assert resumed.trajectory(count=None).equals(tables[1])
+
     measures = ["method", "total", "seed", "step", "site"]
     assert tables[1][measures].equals(tables[2][measures])
     for name in ("delta_magnitude", "delta_direction", "total_decay"):
