@@ -171,39 +171,43 @@ def answer(table: pd.DataFrame, resamples: int = 10_000, seed: int = 0) -> pd.Da
 
 
 def draw(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
-    """Left: the map. Right: score against distance from FT."""
-    with drawing.panels(1, 2, height=3.6, width_ratios=(1.5, 1)) as (figure, axes):
+    """Left: the map. Right: score against distance from FT. Below: the names of the numbers."""
+    shown = table.sort_values("retrieval", ascending=False, ignore_index=True)
+    scale = Normalize(*np.nanquantile(shown["retrieval"], [0.05, 1]))
+    with drawing.panels(1, 2, height=4.6, width_ratios=(1.35, 1)) as (figure, axes):
         plane, against = axes[0]
-        scale = Normalize(*np.nanquantile(table["retrieval"], [0.05, 1]))
-        shown = None
-        for row in table.itertuples():
-            full = row.method == "FT"
-            style: dict[str, Any] = {"s": 90 if full else 26, "marker": "*" if full else "o"}
-            style |= {"c": [row.retrieval], "norm": scale, "cmap": "viridis"}
-            style |= {"edgecolor": "black", "linewidth": 0.8 if full else 0.3, "zorder": 3}
-            shown = plane.scatter(row.r_units, row.radial_share, **style)
-            against.scatter(row.distance, row.retrieval, **style)
+        image = None
+        names = []
+        for number, row in enumerate(shown.to_dict("records"), start=1):
+            full = row["method"] == "FT"
+            style: dict[str, Any] = {"s": 130 if full else 70, "marker": "*" if full else "o"}
+            style |= {"c": [row["retrieval"]], "norm": scale, "cmap": "viridis", "linewidth": 0.4}
+            style |= {"edgecolor": "black", "zorder": 4 if full else 3}
+            dark = scale(row["retrieval"]) < 0.6
             for panel, x, y in (
-                (plane, row.r_units, row.radial_share),
-                (against, row.distance, row.retrieval),
+                (plane, row["r_units"], row["radial_share"]),
+                (against, row["distance"], row["retrieval"]),
             ):
-                panel.annotate(
-                    row.method, (x, y), (3, 2), textcoords="offset points", fontsize=4.8,
-                    weight="bold" if full else "normal",
+                image = panel.scatter(x, y, **style)
+                panel.text(
+                    x, y, str(number), fontsize=4.3, ha="center", va="center", zorder=5,
+                    color="white" if dark else "black", clip_on=True,
                 )  # fmt: skip
+            names.append(f"{number} {row['method']}")
         plane.axvline(0, color="#333333", linewidth=0.7)
         plane.set_yscale("log")
-        plane.set_xlim(-1.05, 1.15)
+        plane.set_xlim(-1.05, 1.05)
         plane.set_xlabel("r of signed ΔM and ΔD across the units of a matrix")
         plane.set_ylabel("radial share of ‖ΔW‖²")
         rho = found.set_index("measure").loc["distance"]
-        against.set_title(
-            f"ρ = {rho['rho']:+.2f} [{rho['low']:+.2f}, {rho['high']:+.2f}]".replace("-", "−")
-        )
-        against.set_xlabel("distance from full fine-tuning")
+        words = f"ρ = {rho['rho']:+.2f} [{rho['low']:+.2f}, {rho['high']:+.2f}]"
+        against.set_title(words.replace("-", "−"))
+        against.set_xlabel("distance from full fine-tuning (★)")
         against.set_ylabel("share of texts found")
-        if shown is not None:
-            figure.colorbar(shown, ax=plane, label="share of texts found", pad=0.01)
+        assert image is not None
+        figure.colorbar(image, ax=plane, label="share of texts found", pad=0.01)
+        text = [" · ".join(names[at : at + 8]) for at in range(0, len(names), 8)]
+        figure.supxlabel("\n".join(text), fontsize=5.5)
     return figure
 
 

@@ -30,7 +30,7 @@ from torch import nn
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
-from analyses.finetuning import docstrings, models
+from analyses.finetuning import docstrings, models, pairs
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
 from analyses.finetuning.task import PairModel, make_task
 from analyses.merge import tuned
@@ -220,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains DoRA for some steps, checks, measures; writes table and figure."""
     parser = argparse.ArgumentParser(prog="python -m analyses.gradient_geometry")
     parser.add_argument("--model", help="folder or hub name of a base model")
+    parser.add_argument("--data", help="JSONL of pairs; default: docstrings of installed packages")
     parser.add_argument("--steps", type=int, default=50, help="of training before measuring")
     parser.add_argument("--batches", type=int, default=64, help="gradients a covariance is of")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -228,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write in")
     options = parser.parse_args(argv)
     backbone, tokenizer = models.load(options.model)
-    task: Task = make_task(docstrings.collect(options.examples), 1, tokenizer)
+    found = pairs.read(options.data) if options.data else docstrings.collect(options.examples)
+    task: Task = make_task(found, 1, tokenizer)
     device = torch.device(options.device)
     task = task.to(device)
     base = PairModel(backbone, len(task.labels)).to(device)
@@ -252,7 +254,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     table.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.5g")
     checks.to_csv(f"{stem}_checks.csv", index=False, float_format="%.3g")
     settings = {name: getattr(options, name) for name in ("steps", "batches", "batch_size")}
-    about = settings | {"versions": provenance.versions(), "machine": provenance.machine()}
+    about = settings | {
+        "seed": 0,
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+    }
     stem.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
     files = save(draw(table, checks), options.out / "figures" / "gradient_geometry")
     print(table.round(4).to_string(index=False))

@@ -22,7 +22,7 @@ import torch
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
-from analyses.finetuning import docstrings, models
+from analyses.finetuning import docstrings, models, pairs
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
 from analyses.finetuning.task import PairModel, make_task
 from analyses.finetuning.training import adapt, gradients, make_optimizer, order_of
@@ -172,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, merges, compares, times; writes the table and the figure."""
     parser = argparse.ArgumentParser(prog="python -m analyses.merge")
     parser.add_argument("--model", help="folder or hub name of a base model")
+    parser.add_argument("--data", help="JSONL of pairs; default: docstrings of installed packages")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--texts", type=int, default=32, help="texts in a forward pass")
@@ -181,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write in")
     options = parser.parse_args(argv)
     backbone, tokenizer = models.load(options.model)
-    task = make_task(docstrings.collect(options.examples), options.texts, tokenizer)
+    found = pairs.read(options.data) if options.data else docstrings.collect(options.examples)
+    task = make_task(found, options.texts, tokenizer)
     device = torch.device(options.device)
     base = PairModel(backbone, len(task.labels)).to(device)
     table = measure(base, task.to(device), options)

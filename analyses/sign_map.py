@@ -91,7 +91,7 @@ def couplings(trajectory: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame) -> Figure:
     """A map: a row a setting, a column a role, method and decay, r as colour and number.
 
-    A number whose 95% interval holds zero is in italics and grey.
+    A number whose 95% interval leaves out zero is bold; a grey cell was not run.
     """
     rows = list(dict.fromkeys(table["setting"]))
     with drawing.panels(1, 2, height=0.2 * len(rows) + 1.3, sharey=True) as (figure, axes):
@@ -107,9 +107,8 @@ def draw(table: pd.DataFrame) -> Figure:
                 sure = float(entry.pearson_low) * float(entry.pearson_high) > 0  # type: ignore[arg-type]
                 panel.text(
                     at[1], at[0], f"{r:+.2f}".replace("-", "−"), ha="center", va="center",
-                    fontsize=6,
-                    color="#666666" if not sure else "white" if abs(r) > 0.75 else "black",
-                    style="normal" if sure else "italic",
+                    fontsize=6.5 if sure else 5.5, weight="bold" if sure else "normal",
+                    color="white" if abs(r) > 0.6 else "black",
                 )  # fmt: skip
             image = panel.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
             panel.grid(visible=False)

@@ -115,9 +115,11 @@ def shares(trajectory: pd.DataFrame) -> pd.DataFrame:
     return grouped.agg(["mean", "min", "max"]).reset_index()
 
 
-def draw(late: pd.DataFrame, paper: pd.DataFrame, along: pd.DataFrame, inputs: int) -> Figure:
-    """Points with the curve; the paper's with theirs; the radial share over training."""
-    source = along["source"].iloc[0]
+def draw(
+    late: pd.DataFrame, paper: pd.DataFrame, along: pd.DataFrame, source: str, inputs: int
+) -> Figure:
+    """Points with the curve ΔM = mΔD/(1 − ΔD), the paper's with theirs; radial share over time."""
+    late, along = late[late["source"] == source], along[along["source"] == source]
     with drawing.panels(2, 3) as (figure, axes):
         for row, role in enumerate(ROLES):
             here, theirs, share = axes[row]
@@ -125,7 +127,6 @@ def draw(late: pd.DataFrame, paper: pd.DataFrame, along: pd.DataFrame, inputs: i
                 looks = {"color": drawing.METHOD_COLOURS[method], "alpha": 0.6, "label": method}
                 marker = drawing.METHOD_MARKERS[method]
                 points = late[(late["role"] == role) & (late["method"] == method)]
-                points = points[points["source"] == source]
                 here.plot(
                     points["delta_direction"],
                     points["delta_magnitude"] / points["magnitude_before"],
@@ -137,13 +138,10 @@ def draw(late: pd.DataFrame, paper: pd.DataFrame, along: pd.DataFrame, inputs: i
                     marker, markersize=3, markeredgewidth=0, **looks,
                 )  # fmt: skip
                 walk = along[(along["role"] == role) & (along["method"] == method)]
-                walk = walk[walk["source"] == source]
                 share.plot(walk["step"], walk["mean"], color=looks["color"])
                 share.fill_between(
                     walk["step"], walk["min"], walk["max"], color=looks["color"], alpha=0.12
                 )
-            low, high = here.get_xlim()
-            x = np.geomspace(max(low, 1e-6), high, 200)
             x = np.geomspace(late["delta_direction"].min(), late["delta_direction"].max(), 200)
             here.plot(x, lengthening(x), color="#333333", linewidth=0.9, zorder=1)
             here.set_xscale("log")
@@ -160,8 +158,8 @@ def draw(late: pd.DataFrame, paper: pd.DataFrame, along: pd.DataFrame, inputs: i
             )  # fmt: skip
             share.axhline(1 / inputs, color="#333333", linewidth=0.8, linestyle=":")
             share.set_yscale("log")
-            here.set_title(f"{role}: ours, ΔM/m = ΔD/(1 − ΔD)")
-            theirs.set_title(f"{role}: the paper's, mΔD/(1 − ΔD)")
+            here.set_title(f"{role}: recorded")
+            theirs.set_title(f"{role}: the paper's points")
             share.set_title(f"{role}: radial share of ‖ΔW‖²")
             here.set_ylabel("ΔM/m")
             theirs.set_ylabel("ΔM")
@@ -176,7 +174,9 @@ def draw(late: pd.DataFrame, paper: pd.DataFrame, along: pd.DataFrame, inputs: i
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads runs, writes the tables and the figure."""
     parser = argparse.ArgumentParser(prog="python -m analyses.update_geometry")
-    parser.add_argument("--runs", nargs="+", default=["reproduction"], help="names below runs/")
+    parser.add_argument(
+        "--runs", nargs="+", default=["reproduction"], help="names below runs/; the first is drawn"
+    )
     parser.add_argument("--inputs", type=int, default=384, help="k, inputs of a followed weight")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to read and write in")
     options = parser.parse_args(argv)
@@ -194,9 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     stem.with_suffix(".json").write_text(
         json.dumps(about | {"machine": provenance.machine()}, indent=2) + "\n"
     )
-    files = save(
-        draw(late, paper, along, options.inputs), options.out / "figures" / "update_geometry"
-    )
+    figure = draw(late, paper, along, options.runs[0], options.inputs)
+    files = save(figure, options.out / "figures" / "update_geometry")
     print(found.round(3).to_string(index=False))
     print(f"Wrote {', '.join(map(str, files))}")
 

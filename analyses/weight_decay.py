@@ -29,6 +29,7 @@ from dora_dynamics.plotting import save
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from analyses.finetuning.recipe import DecayOn
@@ -111,46 +112,44 @@ def contrast(late: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
-    """Left: r across layers against Λ. Right: signed ΔM against what decay and turning give."""
-    shown = table[(table["level"] == "within_step") & ~table["signed"]]
-    totals = sorted(shown["total"].unique())
+    """R across layers and across units against Λ; signed ΔM against what decay and turning give."""
+    absolute = table[~table["signed"] & (table["decay_on"] == "all")]
+    totals = sorted(absolute["total"].unique())
     at = {total: float(place) for place, total in enumerate(totals)}
-    with drawing.panels(2, 2, width_ratios=(1.15, 1)) as (figure, axes):
+    levels = {"within_step": "across layers", "units": "across a matrix's units"}
+    with drawing.panels(2, 3, height=4.3) as (figure, axes):
         for row, role in enumerate(ROLES):
-            left, right = axes[row]
-            drawing.zero_line(left)
-            for shift, method in zip((-0.08, 0.0, 0.08), METHODS, strict=True):
-                chosen = shown[
-                    (shown["role"] == role)
-                    & (shown["method"] == method)
-                    & (shown["decay_on"] == "all")
-                ].sort_values("total")
-                x = chosen["total"].map(at).to_numpy(float) + shift
-                drawing.with_interval(left, x, chosen, "pearson", method)
-            left.set_xticks(list(at.values()), [f"{100 * total:g}%" for total in totals])
-            left.set_ylim(-1.05, 1.05)
-            left.set_title(f"{role}: ΔM goes with ΔD …")
-            left.set_ylabel("r across layers, 95% interval")
-            here = points[(points["role"] == role) & (points["decay_on"] == "all")]
-            for method in METHODS:
-                chosen = here[here["method"] == method]
-                right.plot(
-                    100 * chosen["predicted"],
-                    100 * chosen["measured"],
-                    drawing.METHOD_MARKERS[method],
-                    color=drawing.METHOD_COLOURS[method],
-                    markersize=3,
-                    alpha=0.5,
-                    markeredgewidth=0,
-                )
-            ends = 100 * np.array([here["predicted"].min(), here["predicted"].max()])
-            right.plot(ends, ends, color="#333333", linewidth=0.8)
-            right.set_title(f"{role}: … as decay and turning alone would")
-            right.set_ylabel("measured (m' − m)/m, %")
-        axes[-1, 0].set_xlabel("total weight decay Λ")
-        axes[-1, 1].set_xlabel("predicted exp(−Λ)/(1 − ΔD) − 1, %")
+            for panel, (level, words) in zip(axes[row], levels.items(), strict=False):
+                drawing.zero_line(panel)
+                shown = absolute[(absolute["level"] == level) & (absolute["role"] == role)]
+                for shift, method in zip((-0.08, 0.0, 0.08), METHODS, strict=True):
+                    chosen = shown[shown["method"] == method].sort_values("total")
+                    x = chosen["total"].map(at).to_numpy(float) + shift
+                    drawing.with_interval(panel, x, chosen, "pearson", method)
+                panel.set_xticks(list(at.values()), [f"{100 * total:g}%" for total in totals])
+                panel.set_ylim(-1.05, 1.05)
+                panel.set_title(f"{role}: {words}")
+            _against_prediction(axes[row, 2], points[points["role"] == role])
+            axes[row, 0].set_ylabel("r of ΔM and ΔD")
+            axes[row, 2].set_title(f"{role}: signed ΔM")
+            axes[row, 2].set_ylabel("measured (m′ − m)/m, %")
+        for panel in axes[-1, :2]:
+            panel.set_xlabel("total weight decay Λ")
+        axes[-1, 2].set_xlabel("exp(−Λ)/(1 − ΔD) − 1, %")
         drawing.legend_below(figure, axes[0, 0])
     return figure
+
+
+def _against_prediction(panel: Axes, points: pd.DataFrame) -> None:
+    here = points[points["decay_on"] == "all"]
+    for method in METHODS:
+        chosen = here[here["method"] == method]
+        panel.plot(
+            100 * chosen["predicted"], 100 * chosen["measured"], drawing.METHOD_MARKERS[method],
+            color=drawing.METHOD_COLOURS[method], markersize=3, alpha=0.5, markeredgewidth=0,
+        )  # fmt: skip
+    ends = 100 * np.array([here["predicted"].min(), here["predicted"].max()])
+    panel.plot(ends, ends, color="#333333", linewidth=0.8)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

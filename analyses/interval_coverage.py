@@ -1,10 +1,10 @@
 """How often the intervals of `coupling` hold the true value: a simulation.
 
-    python -m analyses.coverage --draws 200
+    python -m analyses.interval_coverage --draws 200
 
 Layers, layers within runs, and rows within these carry normal random effects (standard deviations
 1, 0.5 and 0.3) on ΔD and ΔM that correlate by `rho`; both measures also grow over four steps. The
-truth is the estimate from 20,000 layers. Writes `coverage.csv`: the share of draws in which each
+truth is the estimate from 20,000 layers. Writes `interval_coverage.csv`: the share of draws in which each
 interval held it, for 6 and 12 layers and 1, 3 and 5 runs. 200 draws take ten minutes.
 """
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = {"draws": options.draws, "resamples": options.resamples, "seed": options.seed}
     options.out.mkdir(parents=True, exist_ok=True)
     result = pd.DataFrame(rows).assign(**record, **versions)
-    result.to_csv(options.out / "coverage.csv", index=False, float_format="%.4f")
+    result.to_csv(options.out / "interval_coverage.csv", index=False, float_format="%.4f")
     overview = result.pivot_table(
         "coverage", ["interval", "level", "layers"], ["statistic", "runs"]
     )
