@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LONG: Final = "--seeds 5 --steps 1500 --batch-size 128 --held-out 1000"
-SHORT: Final = "--steps 500 --batch-size 128 --held-out 1000"
+DECAY: Final = "--seeds 5 --steps 500 --batch-size 128 --held-out 1000"
+SHORT: Final = "--steps 400 --batch-size 128 --held-out 1000"
 BART: Final = "--model {out}/models/bart"
 
 PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
@@ -38,29 +39,33 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         (
             "pretrain --shape bart --steps 4000 --out {out}",
             f"reproduce {LONG} {BART} --name reproduction_bart {{common}}",
-            f"reproduce {LONG} {BART} --weight-decay 0 --name reproduction_bart_no_decay "
-            "{common}",
+        ),
+        (f"reproduce {LONG} {{minilm}} --name reproduction_minilm {{common}}",),
+        (f"weight_decay {DECAY} {{minilm}} {{common}}",),
+    ),
+    "2": (
+        (
+            f"rank --seeds 3 {SHORT} {{minilm}} {{common}}",
+            f"heads_and_norms --seeds 3 {SHORT} {{minilm}} {{common}}",
         ),
         (
-            f"reproduce {LONG} {{minilm}} --name reproduction_minilm {{common}}",
+            "sign_map --seeds 2 --steps 300 --batch-size 128 --held-out 1000 {minilm} {common}",
+        ),
+        (
             f"reproduce {LONG} {{minilm}} --weight-decay 0 "
             "--name reproduction_minilm_no_decay {common}",
         ),
         (
-            "merge {minilm} --out {out}",
-            "gradient_geometry --batches 128 {minilm} --out {out}",
-        ),
-        (f"weight_decay --seeds 5 {SHORT} {{minilm}} {{common}}",),
-    ),
-    "2": (
-        (
-            f"rank --seeds 5 {SHORT} {{minilm}} {{common}}",
-            f"heads_and_norms --seeds 3 {SHORT} {{minilm}} {{common}}",
-        ),
-        (f"sign_map --seeds 3 {SHORT} {{minilm}} {{common}}",),
-        (
-            "adapter_zoo --seeds 2 --steps 300 --batch-size 64 --held-out 1000 --workers 14 "
+            "adapter_zoo --seeds 1 --steps 200 --batch-size 64 --held-out 1000 --workers 12 "
             "{minilm} {common}",
+        ),
+    ),
+    "3": (
+        (
+            "update_geometry --out {out} --runs reproduction_minilm reproduction_minilm_no_decay "
+            "reproduction_bart",
+            "gradient_geometry --batches 64 {minilm} --out {out}",
+            "merge {minilm} --out {out}",
         ),
     ),
 }

@@ -9,8 +9,8 @@ DoRA's gradients on a real batch, in float64, after real training steps:
    of Eq. 6's gradient over that of W's own (above 1: better conditioned), and how much of the
    largest direction lies along the weight.
 3. Scenarios S1 and S2 of Sec. 4.2: of two changes, the one that turns a unit less has the larger
-   gradient of m, if both gradients are equally long. Across the units of a weight: r of |∇m| with
-   ΔD of one step, with the gradients made equally long, and as they are.
+   gradient of m, if both changes are equally long. Across the units of a weight: r of |∇m| with
+   ΔD of one step, with steps made equally long (relative to their unit), and as they are.
 
 Writes figures/gradient_geometry.{png,svg}, analyses/results/gradient_geometry.{csv,json}.
 """
@@ -150,8 +150,9 @@ def conditioning(
         r = {}
         for name, step in turned.items():
             tangential = step - (step * unit).sum(1, keepdim=True) * unit
-            size = tangential.norm(dim=1) / V.norm(dim=1)
-            strength = pull / mean.norm(dim=1) if name == "equal" else pull
+            size, strength = tangential.norm(dim=1) / V.norm(dim=1), pull
+            if name == "equal":
+                size, strength = tangential.norm(dim=1), pull / mean.norm(dim=1)
             pair = torch.stack([strength, size**2 / 2])
             r[f"r_{name}_length"] = float(torch.corrcoef(pair)[0, 1])
         rows.append(

@@ -4,8 +4,8 @@
 
 Layers, layers within runs, and rows within these carry normal random effects (standard deviations
 1, 0.5 and 0.3) on ΔD and ΔM that correlate by `rho`; both measures also grow over four steps. The
-truth is the estimate from 20,000 layers. Writes `interval_coverage.csv`: the share of draws in which each
-interval held it, for 6 and 12 layers and 1, 3 and 5 runs. 200 draws take ten minutes.
+truth is the estimate from 20,000 layers. Writes `interval_coverage.csv`: the share of draws in
+which each interval held it, for 6 and 12 layers and 1, 3 and 5 runs. 200 draws take ten minutes.
 """
 
 from __future__ import annotations

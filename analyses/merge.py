@@ -131,9 +131,9 @@ def draw(table: pd.DataFrame) -> Figure:
         for shift, (method, rows) in zip((-0.1, 0.1), table.groupby("method"), strict=True):
             colour = drawing.METHOD_COLOURS[str(method)]
             marker = drawing.METHOD_MARKERS[str(method)]
-            error.plot(
-                x + shift, rows["merged_from_adapted"], marker, color=colour, label=str(method)
-            )
+            differs = rows["merged_from_adapted"].where(rows["merged_from_adapted"] > 0)
+            if differs.notna().any():
+                error.plot(x + shift, differs, marker, color=colour, label=str(method))
             error.plot(
                 x + shift, rows["adapted_from_float64"], marker, color=colour, fillstyle="none",
                 label=f"{method}: adapted from float64",
@@ -142,7 +142,8 @@ def draw(table: pd.DataFrame) -> Figure:
         error.set_yscale("log")
         error.set_xticks(x, dtypes)
         error.set_ylabel("largest difference of outputs")
-        error.set_title("merged against adapted")
+        equal = (table["merged_from_adapted"] == 0).all()
+        error.set_title("merged = adapted, bit for bit" if equal else "merged against adapted")
         places = []
         for method, rows in table.groupby("method"):
             for state in ("merged", "adapted"):

@@ -15,6 +15,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, get_args
 
+import numpy as np
 import pandas as pd
 
 import dora_dynamics as dd
@@ -84,18 +85,25 @@ def in_words(table: pd.DataFrame) -> str:
     return shown[columns].rename(columns={"pearson": "r", "spearman": "ρ"}).to_string(index=False)
 
 
+def verdict_table(table: pd.DataFrame, level: Level = "within_step") -> pd.DataFrame:
+    """For each sign of the paper's claim, whether it is found: it holds, does not, is undecided."""
+    found = table[(table["level"] == level) & ~table["signed"].astype(bool)].copy()
+    sign = found["method"].map({"FT": -1, "LoRA": 1, "DoRA": -1})
+    ends = found[["pearson_low", "pearson_high"]].mul(sign, axis=0)
+    found["claimed"] = sign
+    found["verdict"] = np.select(
+        [ends.min(axis=1) > 0, ends.max(axis=1) < 0], ["holds", "does not hold"], "undecided"
+    )
+    return found
+
+
 def verdicts(table: pd.DataFrame) -> list[str]:
-    """For each sign of the paper's claim, whether it is found across layers: yes, no, undecided."""
-    found = table[(table["level"] == "within_step") & ~table["signed"]]
-    claimed = {"FT": -1, "LoRA": 1, "DoRA": -1}
-    said = []
-    for row in found.itertuples():
-        sign = claimed[str(row.method)]
-        low, high = sorted((sign * float(row.pearson_low), sign * float(row.pearson_high)))  # type: ignore[arg-type]
-        verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-        word = "negative" if sign < 0 else "positive"
-        said.append(f"{row.role}, {row.method}: {word} across layers, as in the paper: {verdict}.")
-    return said
+    """The verdicts across layers in words."""
+    return [
+        f"{row['role']}, {row['method']}: {'negative' if row['claimed'] < 0 else 'positive'} "
+        f"across layers, as in the paper: {row['verdict']}."
+        for row in verdict_table(table).to_dict("records")
+    ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -74,9 +74,9 @@ def coupling(
     Tibshirani 1993, ch. 11 and 12; Satterthwaite 1946; drawing layers and runs at once errs on the
     safe side, Owen 2007, "The pigeonhole bootstrap").
 
-    Measured coverage of nominal 95% (`analyses/interval_coverage.py`: 6 and 12 layers; 1, 3 and 5 runs; no
-    and strong relation; r, ρ and slope), mean over these settings, and lowest to highest of 200
-    simulated studies each:
+    Measured coverage of nominal 95% (`analyses/interval_coverage.py`: 6 and 12 layers; 1, 3 and 5
+    runs; no and strong relation; r, ρ and slope), mean over these settings, and lowest to highest
+    of 200 simulated studies each:
 
     | level | `bootstrap` | `jackknife` |
     |---|---|---|
