@@ -48,9 +48,7 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
             f"rank --seeds 3 {SHORT} {{minilm}} {{common}}",
             f"heads_and_norms --seeds 3 {SHORT} {{minilm}} {{common}}",
         ),
-        (
-            "sign_map --seeds 2 --steps 300 --batch-size 128 --held-out 1000 {minilm} {common}",
-        ),
+        ("sign_map --seeds 2 --steps 300 --batch-size 128 --held-out 1000 {minilm} {common}",),
         (
             f"reproduce {LONG} {{minilm}} --weight-decay 0 "
             "--name reproduction_minilm_no_decay {common}",

@@ -101,7 +101,7 @@ def shape_of(values: NDArray[np.float64]) -> dict[str, float]:
 
 def halved(scores: pd.DataFrame) -> pd.DataFrame:
     """Score of DoRA minus that of LoRA at the same and at twice its rank, paired by seed."""
-    each = scores.set_index(["method", "rank", "seed"])["retrieval"]
+    each = scores.set_index(["method", "rank", "seed"])["retrieval"].sort_index()
     rows = []
     for rank in sorted(set(scores["rank"]) - {0}):
         for other in (rank, 2 * rank):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
-from analyses import architecture_table, support_table, walkthrough
+from analyses import answers, architecture_table, support_table, walkthrough
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ README: Final = Path(__file__).parent.parent / "README.md"
 
 def finding() -> str:
     """Coupling with the paper's total decay and with none, beside the paper's points."""
-    runs = {"with": "reproduction_5_seeds", "without": "reproduction_no_decay"}
+    runs = {"with": "reproduction_minilm", "without": "reproduction_minilm_no_decay"}
     tables = {key: pd.read_csv(RESULTS / f"{name}.csv") for key, name in runs.items()}
     about = json.loads((RESULTS / f"{runs['with']}.json").read_text())
     lines = [
         "| | | paper's points, pooled | pooled | across layers | across units "
-        "| across layers, no decay |",
-        "|---|---|---|---|---|---|---|",
+        "| across layers, no decay | across units, no decay |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for role in ("query", "value"):
         for method in ("FT", "LoRA", "DoRA"):
@@ -43,16 +43,18 @@ def finding() -> str:
                     ("with", "within_step"),
                     ("with", "units"),
                     ("without", "within_step"),
+                    ("without", "units"),
                 )
             ]
             lines.append(f"| {role} | {method} | {paper:+.2f} | {' | '.join(cells)} |")
+    seeds = len({job["seed"] for job in about["jobs"]})
     steps, batch = (about["recipes"][0][name] for name in ("steps", "batch_size"))
     return "\n".join(
         [
             *lines,
             "",
             "Pearson r of (ΔD, ΔM) with 95% intervals over layers and seeds: "
-            f"{about['seeds']} seeds, {steps} steps of batch {batch}, four late checkpoints; "
+            f"{seeds} seeds, {steps} steps of batch {batch}, four late checkpoints; "
             f"{about['machine']}, torch {about['versions']['torch']}.",
         ]
     )
@@ -60,8 +62,8 @@ def finding() -> str:
 
 def scores() -> str:
     """Held-out score before and after, mean over seeds, with the total decay of each method."""
-    about = json.loads((RESULTS / "reproduction_5_seeds.json").read_text())
-    none = json.loads((RESULTS / "reproduction_no_decay.json").read_text())
+    about = json.loads((RESULTS / "reproduction_minilm.json").read_text())
+    none = json.loads((RESULTS / "reproduction_minilm_no_decay.json").read_text())
     decay = {recipe["method"]: recipe["total_decay"] for recipe in about["recipes"]}
     lines = [
         "| | total decay Λ | name → docstring | package | name → docstring, no decay "
@@ -71,12 +73,22 @@ def scores() -> str:
     for method in ("before", "FT", "LoRA", "DoRA"):
         cells = []
         for result in (about, none):
-            found = pd.DataFrame(result["scores"]).T
-            means = found[found.index.str.partition("-").get_level_values(0) == method].mean()
-            cells += [f"{means['retrieval']:.3f}", f"{means['package']:.3f}"]
+            jobs = pd.DataFrame([*result["jobs"], {"method": "before"} | result["before"]])
+            means = jobs[jobs["method"] == method][["retrieval", "label"]].mean()
+            cells += [f"{means['retrieval']:.3f}", f"{means['label']:.3f}"]
         total = f"{decay[method]:.3f}" if method in decay else ""
         lines.append(f"| {method} | {total} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def why() -> str:
+    """What the study found of weight decay and of LoRA's line, with their pictures."""
+    parts = []
+    for entry in answers.ENTRIES:
+        if entry.name in ("weight_decay", "update_geometry"):
+            picture = f"![{entry.alt}](figures/{entry.name}.png)"
+            parts += [f"**{entry.title}.** {entry.answer()}", picture]
+    return "\n\n".join(parts)
 
 
 def paper() -> str:
@@ -129,6 +141,7 @@ def _estimate(table: pd.DataFrame, role: str, method: str, level: str) -> str:
 BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "finding": finding,
     "scores": scores,
+    "why": why,
     "paper": paper,
     "architectures": architecture_table.table,
     "checkpoints": checkpoints,

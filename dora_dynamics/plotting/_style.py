@@ -162,3 +162,8 @@ def signed_number(value: float, digits: int = 2) -> str:
     """A number with its sign, a true minus, e.g. ``−0.31``; large or tiny ones as ``+1.2e−05``."""
     plain = value == 0 or 1e-2 <= abs(value) < 1e4
     return f"{value:+.{digits}{'f' if plain else 'e'}}".replace("-", "−")
+
+
+def correlation(value: float) -> str:
+    """A correlation with its sign and two digits, however small, e.g. ``+0.00``."""
+    return f"{value:+.2f}".replace("-", "−")

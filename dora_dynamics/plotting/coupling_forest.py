@@ -16,7 +16,7 @@ from dora_dynamics.plotting._style import (
     Style,
     StyleName,
     context,
-    signed_number,
+    correlation,
     style_named,
 )
 
@@ -110,8 +110,8 @@ def coupling_forest(
 def _in_words(rows: pd.DataFrame, by: str) -> str:
     found = [
         f"{', '.join(part for part in (row[by], row['role'], row['level']) if part)}: "
-        f"{signed_number(row['pearson'])} "
-        f"[{signed_number(row['pearson_low'])}, {signed_number(row['pearson_high'])}]"
+        f"{correlation(row['pearson'])} "
+        f"[{correlation(row['pearson_low'])}, {correlation(row['pearson_high'])}]"
         for row in rows.to_dict("records")
         if np.isfinite(row["pearson"])
     ]

@@ -30,6 +30,7 @@ from dora_dynamics.plotting._style import (
     Style,
     StyleName,
     context,
+    correlation,
     signed_number,
     style_named,
 )
@@ -231,8 +232,8 @@ def _wording(statistic: pd.Series, drawn: int) -> str:
     if {"pearson_low", "pearson_high"} <= set(statistic.index):
         ends = float(statistic["pearson_low"]), float(statistic["pearson_high"])
         if np.isfinite(ends).all():
-            interval = f" [{', '.join(signed_number(end) for end in ends)}]"
-    return f"r = {signed_number(r)}{interval}\nslope {signed_number(slope)}, n = {count:.0f}"
+            interval = f" [{', '.join(correlation(end) for end in ends)}]"
+    return f"r = {correlation(r)}{interval}\nslope {signed_number(slope)}, n = {count:.0f}"
 
 
 def _pooled(drawn: pd.DataFrame, by: str, signed: bool) -> pd.DataFrame:

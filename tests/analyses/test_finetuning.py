@@ -23,29 +23,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-WORDS = ["walk", "over", "hill", "tree", "gate", "river", "stone", "cloud", "moss", "bird"]
-
-
-@pytest.fixture(scope="module")
-def some_pairs() -> list[Pair]:
-    generator = torch.Generator().manual_seed(3)
-    drawn = torch.randint(len(WORDS), (40, 7), generator=generator)
-    return [
-        Pair(" ".join(WORDS[i] for i in row[:2]), " ".join(WORDS[i] for i in row), "ab"[n % 2])
-        for n, row in enumerate(drawn)
-    ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    known = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    words = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-
 
 def tiny(shape: str) -> PreTrainedModel:
     from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConfig, LlamaModel
