@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
+from dora_dynamics.plotting import METHOD_COLOURS as METHOD_COLOURS
+from dora_dynamics.plotting import METHOD_MARKERS as METHOD_MARKERS
 from dora_dynamics.plotting._style import LINE_COLOUR, context, style_named
 
 if TYPE_CHECKING:
@@ -16,9 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
-
-METHOD_COLOURS: Final = {"FT": "#0072B2", "LoRA": "#D55E00", "DoRA": "#009E73"}
-METHOD_MARKERS: Final = {"FT": "o", "LoRA": "^", "DoRA": "s"}
 
 
 @contextmanager
@@ -48,12 +47,8 @@ def with_interval(
     colour = METHOD_COLOURS.get(method, LINE_COLOUR)
     y, low, high = (table[column].to_numpy(float) for column in _bounds(name))
     axes.vlines(x, low, high, color=colour, linewidth=0.9)
-    axes.plot(
-        x,
-        y,
-        METHOD_MARKERS.get(method, "D") + ("-" if line else ""),
-        **{"color": colour, "markersize": 4, "label": label or method} | looks,
-    )
+    style = METHOD_MARKERS.get(method, "D") + ("-" if line else "")
+    axes.plot(x, y, style, color=colour, markersize=4, label=label or method, **looks)
 
 
 def _bounds(name: str) -> tuple[str, str, str]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from analyses.finetuning.task import PairModel
+    from dora_dynamics.statistics import Level
 
 RATES: Final = (3e-4, 1e-3, 3e-3, 1e-2)
 FULL_RATES: Final = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -94,7 +95,7 @@ def adapt_by_peft(model: PairModel, recipe: Recipe) -> None:
         config: Any = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
         targets = [site.module for site in find_sites(model.backbone, recipe.roles)]
         model.backbone = peft.get_peft_model(
-            model.backbone,  # type: ignore[arg-type]
+            model.backbone,
             config(target_modules=targets, **settings),
         )
     model.head.requires_grad_(True)
@@ -132,20 +133,22 @@ def measures(late: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     """A row a method at its best rate: score and the four measures, and its distance from FT."""
     table = late.merge(chosen[["method", "rate"]], on=["method", "rate"])
     rows = chosen.set_index("method")
-    for name, level in (("r_layers", "within_step"), ("r_units", "units")):
+    levels: dict[str, Level] = {"r_layers": "within_step", "r_units": "units"}
+    for name, level in levels.items():
         found = dd.coupling(
             table,
             by=["method", "role"],
             level=level,
             signed=True,
             permutations=0,
-            resamples=1,  # type: ignore[arg-type]
+            resamples=1,
         )
         rows[name] = found.groupby("method")["pearson"].mean()
     means = table.groupby("method")
     rows["radial_share"] = means["radial_share"].mean()
     ratio = table["relative_delta_magnitude"] / table["delta_direction"]
-    rows["log_ratio"] = np.log(ratio.where(ratio > 0)).groupby(table["method"]).mean()
+    table["log_ratio"] = np.log(ratio.where(ratio > 0))
+    rows["log_ratio"] = table.groupby("method")["log_ratio"].mean()
     placed = rows[list(MEASURES)].copy()
     for name in ("r_layers", "r_units"):
         placed[name] = np.arctanh(placed[name].clip(-0.999, 0.999))
@@ -173,7 +176,7 @@ def answer(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Data
 def draw(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Left: the map. Right: score against distance from FT. Below: the names of the numbers."""
     shown = table.sort_values("retrieval", ascending=False, ignore_index=True)
-    scale = Normalize(shown["retrieval"].quantile(0.05), shown["retrieval"].max())
+    scale = Normalize(float(shown["retrieval"].quantile(0.05)), float(shown["retrieval"].max()))
     with drawing.panels(1, 2, height=4.6, width_ratios=(1.35, 1)) as (figure, axes):
         plane, against = axes[0]
         image = None
@@ -218,14 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(ZOO), default=list(ZOO))
     options = parser.parse_args(argv)
     done = sweep.run_or_read(options, jobs(options))
-    failed = done.scores[done.scores["error"].notna()] if "error" in done.scores else []
     table = measures(done.trajectory(), best_rate(pd.DataFrame(done.finished)))
     found = answer(table)
     table.to_csv(sweep.results(options, ".csv"), index=False, float_format="%.5g")
     found.to_csv(sweep.results(options, "_answer.csv"), index=False, float_format="%.5g")
     files = save(draw(table, found), options.out / "figures" / options.name)
-    if len(failed):
-        print(failed.groupby("method")["error"].first().to_string())  # type: ignore[union-attr]
+    for method, error in {j["method"]: j["error"] for j in done.failed}.items():
+        print(f"{method} was not measured: {error}")
     print(table.round(3).to_string(index=False))
     print(found.round(3).to_string(index=False))
     print(f"Wrote {', '.join(map(str, files))}")

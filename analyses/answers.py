@@ -21,11 +21,14 @@ from analyses.reproduce import verdict_table
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dora_dynamics.statistics import Level
+
 ROOT: Final = Path(__file__).parent.parent
 RESULTS: Final = ROOT / "analyses" / "results"
 BEGIN: Final = "<!-- begin: study -->"
 END: Final = "<!-- end: study -->"
 METHODS: Final = ("FT", "LoRA", "DoRA")
+LEVELS: Final[dict[Level, str]] = {"within_step": "layers", "units": "units"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Entry:
     figure: str = ""
 
 
-def table(name: str) -> pd.DataFrame:
+def table(name: str) -> Any:
     """A table of results."""
     return pd.read_csv(RESULTS / f"{name}.csv")
 
@@ -75,7 +78,7 @@ def with_interval(row: Any, name: str = "pearson", low: str = "", high: str = ""
     return f"{number(row[name])} [{number(ends[0])}, {number(ends[1])}]"
 
 
-def one(found: pd.DataFrame, **place: Any) -> pd.Series[Any]:
+def one(found: Any, **place: Any) -> Any:
     """The only row at a place."""
     for column, value in place.items():
         found = found[found[column] == value]
@@ -91,7 +94,7 @@ def reproduced() -> str:
         "|---|---|---|---|---|",
     ]
     for name, words in (("minilm", "MiniLM"), ("bart", "our BART")):
-        for level, across in (("within_step", "layers"), ("units", "units")):
+        for level, across in LEVELS.items():
             found = verdict_table(table(f"reproduction_{name}"), level)
             for role in ("query", "value"):
                 cells = [

@@ -63,12 +63,14 @@ def direction_gradient(G: Tensor, V: Tensor, m: Tensor) -> Tensor:
     """Eq. 6: ∇_{V'} L = (m/‖V'‖)(I − V'V'ᵀ/‖V'‖²) ∇_{W'} L, per row (unit)."""
     norm = V.norm(dim=-1, keepdim=True)
     radial = (G * V).sum(-1, keepdim=True) / norm**2
-    return m[:, None] / norm * (G - radial * V)
+    found: Tensor = m[:, None] / norm * (G - radial * V)
+    return found
 
 
 def magnitude_gradient(G: Tensor, V: Tensor) -> Tensor:
     """Eq. 7: ∇_m L = ∇_{W'} L · V'/‖V'‖, per row."""
-    return (G * V).sum(-1) / V.norm(dim=-1)
+    found: Tensor = (G * V).sum(-1) / V.norm(dim=-1)
+    return found
 
 
 def decomposed(model: PairModel, site: Site) -> tuple[DoRA, Tensor, Tensor]:
@@ -147,7 +149,7 @@ def conditioning(
             "equal": mean / mean.norm(dim=1, keepdim=True),
             "actual": mean,
         }
-        r = {}
+        r: dict[str, Any] = {}
         for name, step in turned.items():
             tangential = step - (step * unit).sum(1, keepdim=True) * unit
             size, strength = tangential.norm(dim=1) / V.norm(dim=1), pull

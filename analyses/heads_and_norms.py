@@ -82,7 +82,7 @@ def couplings(late: pd.DataFrame) -> pd.DataFrame:
     across = dd.coupling(late, by=["method", "part"], level="within_step", permutations=0)
     heads = late[late["part"] != "norms"]
     inside = [
-        heads_inside(group).assign(method=method, part=part)
+        heads_inside(group).assign(method=str(method), part=str(part))
         for (method, part), group in heads.groupby(["method", "part"])
     ]
     across = across.assign(scope="all heads or norms")

@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -108,9 +109,9 @@ def measure(base: PairModel, task: Task, options: argparse.Namespace) -> pd.Data
         with torch.no_grad():
             ratio = latencies(
                 {
-                    "original": lambda: base.eval().embed(tokens),
-                    "merged": lambda merged=merged: merged.embed(tokens),
-                    "adapted": lambda adapted=adapted: adapted.embed(tokens),
+                    "original": partial(base.eval().embed, tokens),
+                    "merged": partial(merged.embed, tokens),
+                    "adapted": partial(adapted.embed, tokens),
                 },
                 options.rounds,
             )
@@ -144,7 +145,7 @@ def draw(table: pd.DataFrame) -> Figure:
         error.set_ylabel("largest difference of outputs")
         equal = (table["merged_from_adapted"] == 0).all()
         error.set_title("merged = adapted, bit for bit" if equal else "merged against adapted")
-        places = []
+        places: list[str] = []
         for method, rows in table.groupby("method"):
             for state in ("merged", "adapted"):
                 row, at = rows.iloc[0], len(places)

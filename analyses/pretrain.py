@@ -102,7 +102,8 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
     )
     names = {"bos": START, "pad": PAD, "eos": END, "unk": 3, "mask": MASK}
     tokens = {f"{name}_token": SPECIAL[number] for name, number in names.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **tokens)
+    make: Any = PreTrainedTokenizerFast
+    return make(tokenizer_object=bpe._tokenizer, **tokens)
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> NDArray[np.uint16]:

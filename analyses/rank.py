@@ -12,7 +12,7 @@ rank_halved.csv.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
@@ -85,7 +85,9 @@ def dense(effective: EffectiveWeight, before: Tensor) -> Tensor:
     turned = before.double() + effective.scaling * effective.B.double() @ effective.A.double()
     if effective.magnitude is None:
         return turned
-    return effective.magnitude.double()[:, None] * turned / turned.norm(dim=1, keepdim=True)
+    scale = effective.magnitude.double()[:, None] / turned.norm(dim=1, keepdim=True)
+    found: Tensor = scale * turned
+    return found
 
 
 def shape_of(values: NDArray[np.float64]) -> dict[str, float]:
@@ -101,7 +103,7 @@ def shape_of(values: NDArray[np.float64]) -> dict[str, float]:
 
 def halved(scores: pd.DataFrame) -> pd.DataFrame:
     """Score of DoRA minus that of LoRA at the same and at twice its rank, paired by seed."""
-    each = scores.set_index(["method", "rank", "seed"])["retrieval"].sort_index()
+    each: Any = scores.set_index(["method", "rank", "seed"])["retrieval"].sort_index()
     rows = []
     for rank in sorted(set(scores["rank"]) - {0}):
         for other in (rank, 2 * rank):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from analyses.finetuning.recipe import DecayOn
+    from dora_dynamics.statistics import Level
 
 TOTALS: Final = (0.0, 0.003, 0.01, 0.03, 0.1)
 PARTS: Final[tuple[DecayOn, ...]] = ("magnitude", "factors")
@@ -67,7 +68,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 def couplings(late: pd.DataFrame) -> pd.DataFrame:
     """Coupling across layers and across units in every condition, of absolute and signed ΔM."""
     by = ["role", "method", "decay_on", "total"]
-    levels = ("within_step", "units")
+    levels: tuple[Level, ...] = ("within_step", "units")
     return pd.concat(
         [
             dd.coupling(late, by=by, level=level, signed=signed, permutations=0)

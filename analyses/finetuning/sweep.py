@@ -82,6 +82,11 @@ class Sweep:
         """The jobs that came to their end."""
         return [job for job in self.about["jobs"] if not job.get("error")]
 
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """The jobs that ended in an error that they were allowed."""
+        return [job for job in self.about["jobs"] if job.get("error")]
+
     def trajectory(self, count: int | None = 4) -> pd.DataFrame:
         """All rows of all runs, or those of `count` late checkpoints, with the tags as columns."""
         tables = []
