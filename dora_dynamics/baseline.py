@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import torch
 
-from dora_dynamics._kernels import Transfer
 from dora_dynamics.effective import Dense, EffectiveWeight, NoDenseWeightError, version_of
 from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
 from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, follow
-from dora_dynamics.measurement import queue_measuring
+from dora_dynamics.measurement import Measurement
 from dora_dynamics.sharded import Adapted, ShardingError, is_sharded
 from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import find_sites
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
 
-    from dora_dynamics.decomposition import Axis, WeightChange
-    from dora_dynamics.measurement import Triple
+    from dora_dynamics.decomposition import Axis
+    from dora_dynamics.measurement import Measured, Triple
     from dora_dynamics.run_directory import StrPath
     from dora_dynamics.sites import Granularity, Site
 
@@ -283,8 +282,13 @@ class Baselines:
         return any(self._device_of(name).type == "cuda" for name in self._followed)
 
     def queue(
-        self, sites: Sequence[Site], axis: Axis, *, keep: bool = False
-    ) -> tuple[Callable[[], list[WeightChange]], dict[str, EffectiveWeight]]:
+        self,
+        sites: Sequence[Site],
+        axis: Axis,
+        *,
+        keep_units: bool = False,
+        keep_weights: bool = False,
+    ) -> tuple[Callable[[], list[Measured]], dict[str, EffectiveWeight]]:
         """Start to measure the change at every site; what is measured comes in one transfer.
 
         All weights are measured together, but for those that must be copied or computed first:
@@ -298,16 +302,16 @@ class Baselines:
         for site in sites:
             by_tensor[site.tensor].append(site)
         kept: dict[str, EffectiveWeight] = {}
-        queued: list[tuple[list[Site], Callable[[], list[WeightChange]]]] = []
+        added: list[Site] = []
         together: list[Triple] = []
         apart: list[Triple] = []
         passing = 0
-        transfer = Transfer()
+        measurement = Measurement(axis, keep_units=keep_units)
 
-        def start() -> None:
+        def add() -> None:
             nonlocal passing
-            sites_now = [site for site, _, _ in together]
-            queued.append((sites_now, queue_measuring(together, axis, transfer)))
+            added.extend(site for site, _, _ in together)
+            measurement.add(together)
             together.clear()
             passing = 0
 
@@ -318,27 +322,23 @@ class Baselines:
                 continue
             size = self._passing_bytes(name, weight, effective)
             if passing and passing + size > _AT_A_TIME:
-                start()
+                add()
             passing += size
             together.extend((site, weight, effective) for site in its_sites)
-            if keep and not isinstance(effective, Adapted):
+            if keep_weights and not isinstance(effective, Adapted):
                 kept[name] = effective
             del weight, effective
-        start()
+        add()
         if apart:  # all of it by one all-reduce
             together.extend(apart)
-            start()
-        transfer.start()
+            add()
+        measurement.start()
 
-        def finish() -> list[WeightChange]:
-            changes = {
-                site: change
-                for some, wait in queued
-                for site, change in zip(some, wait(), strict=True)
-            }
+        def finish() -> list[Measured]:
+            changes = dict(zip(added, measurement.finish(), strict=True))
             return [changes[site] for site in sites]
 
-        return (partial(list, finish()) if transfer.needs_weights else finish), kept
+        return finish, kept
 
     def _device_of(self, name: str) -> torch.device:
         stored = self._followed[name].stored()

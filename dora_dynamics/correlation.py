@@ -9,45 +9,85 @@ of two, so that data at 1e-300 or 1e+300 neither underflow nor overflow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from dora_dynamics._arrays import Array, doubled_ranks, library_of, power_of_two
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 
 RELATIVE_NOISE: Final = 1e-13
 
-__all__ = ["Relation", "pearson", "relations", "slope", "spearman"]
+__all__ = ["moments", "pearson", "relations", "slope", "spearman"]
 
 
-@dataclass(frozen=True)
-class Relation:
-    """How y goes with x: what `pearson`, `spearman` and `slope` of them return."""
-
-    pearson: float
-    spearman: float
-    slope: float
-
-
-def relations(x: ArrayLike, ys: Sequence[ArrayLike]) -> list[Relation]:
-    """The relation of each of several variables to `x`; what they share is computed once.
+def moments(values: Array, used: Array, counts: Array) -> Array:
+    """What `relations` takes of many sets of points: all that needs the points themselves.
 
     Args:
-        x: n values.
-        ys: n values each.
+        values: shape (variables, sets, n), finite, the first being x; 0 where a point does not
+            count.
+        used: shape (sets, n): 1 where a point counts, else 0.
+        counts: shape (sets,): how many do.
 
-    Raises:
-        ValueError: If the arrays are not 1-D and of one length.
+    Returns:
+        Shape (8 · variables − 2, sets), on the same device. Each set's numbers are its own, to
+        the last bit of numpy's, whatever the others are.
     """
-    pairs = [_pair(x, y) for y in ys]
-    one = _standard(np.asarray(x, dtype=np.float64))
-    return [_relation(one, _standard(y)) for _, y in pairs]
+    library = library_of(values)
+    some = counts.clip(1.0)
+    with np.errstate(all="ignore"):
+        largest = library.amax(abs(values), -1)
+        outer = power_of_two(largest)
+        deviations = values / outer[..., None]
+        for _ in range(2):  # again for what rounding left of a large offset
+            mean = deviations.sum(-1) / some
+            deviations = (deviations - mean[..., None]) * used
+        most = library.amax(abs(deviations), -1)
+        inner = power_of_two(most)
+        filled = library.where(used == 0, float("inf"), values)  # ranked behind all that count
+        ranks = (doubled_ranks(filled) - counts[..., None]) * used
+        return library.concatenate(
+            [
+                largest,
+                outer,
+                most,
+                inner,
+                *_products(deviations / inner[..., None]),
+                *_products(ranks),
+            ]
+        )
+
+
+def relations(moments: FloatArray, counts: FloatArray, finite: BoolArray) -> FloatArray:
+    """What `pearson`, `spearman` and `slope` of many sets of points return.
+
+    Args:
+        moments: what the function of that name returned, on the host.
+        counts: shape (sets,): how many points count.
+        finite: shape (variables, sets): whether all values are finite.
+
+    Returns:
+        Shape (3, variables − 1, sets).
+    """
+    k = len(finite)
+    sizes = [k, k, k, k, k - 1, k, k - 1, k]
+    largest, outer, most, inner, covariance, square, of_ranks, ranks_square = np.split(
+        moments, np.cumsum(sizes)[:-1]
+    )
+    with np.errstate(all="ignore"):
+        varies = most * outer > RELATIVE_NOISE * largest
+        exponent = np.frexp(outer)[1] + np.frexp(inner)[1]
+        r = covariance / np.sqrt(square[0] * square[1:])
+        rho = of_ranks / np.sqrt(ranks_square[0] * ranks_square[1:])
+        slope = np.ldexp(covariance / square[0], exponent[1:] - exponent[0])
+    defined = finite[0] & finite[1:] & varies[0]
+    both = defined & varies[1:] & (counts >= 3)
+    found = np.stack([np.clip(r, -1.0, 1.0), np.clip(rho, -1.0, 1.0), slope])
+    return np.where(np.stack([both, both, defined]), found, np.nan)
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
@@ -63,7 +103,7 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
     Raises:
         ValueError: If the arrays are not 1-D and of one length.
     """
-    return relations(x, [y])[0].pearson
+    return _relation(x, y)[0]
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
@@ -71,7 +111,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 
     Args, returns and raises as `pearson`.
     """
-    return relations(x, [y])[0].spearman
+    return _relation(x, y)[1]
 
 
 def slope(x: ArrayLike, y: ArrayLike) -> float:
@@ -88,83 +128,30 @@ def slope(x: ArrayLike, y: ArrayLike) -> float:
     Raises:
         ValueError: If the arrays are not 1-D and of one length.
     """
-    return relations(x, [y])[0].slope
+    return _relation(x, y)[2]
 
 
-def _pair(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
+def _relation(x: ArrayLike, y: ArrayLike) -> tuple[float, float, float]:
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(
             f"x and y must be 1-D arrays of one length; got shapes {x.shape} and {y.shape}."
         )
-    return x, y
+    if len(x) == 0:
+        return float("nan"), float("nan"), float("nan")
+    values = np.stack([x, y])[:, np.newaxis]
+    finite = np.isfinite(values)
+    counts = np.full(1, float(len(x)))
+    found = moments(np.where(finite, values, 0.0), np.ones((1, len(x))), counts)
+    r, rho, slope = relations(found, counts, finite.all(-1))[:, 0, 0].tolist()
+    return r, rho, slope
 
 
-@dataclass(frozen=True)
-class _Standard:
-    """Values as `_relation` needs them.
-
-    Attributes:
-        deviations: from the mean, brought into [-1, 1] by 2^-exponent; None if not all are finite.
-        exponent: the power of two taken out.
-        ranks: less their mean; None where values do not differ by more than rounding noise.
-    """
-
-    deviations: FloatArray | None = None
-    exponent: int = 0
-    ranks: FloatArray | None = None
-
-
-def _standard(values: FloatArray) -> _Standard:
-    if len(values) < 2 or not np.isfinite(values).all():
-        return _Standard()
-    deviations, exponent = _deviations(values)
-    largest = np.ldexp(np.abs(values).max(), -exponent)
-    varies = np.abs(deviations).max() > RELATIVE_NOISE * largest
-    return _Standard(deviations, exponent, _ranks(values) if varies else None)
-
-
-def _relation(x: _Standard, y: _Standard) -> Relation:
-    nan = float("nan")
-    if x.deviations is None or y.deviations is None or x.ranks is None:
-        return Relation(nan, nan, nan)
-    covariance = float(x.deviations @ y.deviations)
-    square = float(x.deviations @ x.deviations)
-    with np.errstate(over="ignore", under="ignore"):
-        slope = float(np.ldexp(covariance / square, y.exponent - x.exponent))
-    if y.ranks is None or len(y.ranks) < 3:
-        return Relation(nan, nan, slope)
-    r = covariance / np.sqrt(square * float(y.deviations @ y.deviations))
-    squares = float(x.ranks @ x.ranks) * float(y.ranks @ y.ranks)
-    rho = float(x.ranks @ y.ranks) / np.sqrt(squares)
-    return Relation(float(np.clip(r, -1.0, 1.0)), float(np.clip(rho, -1.0, 1.0)), slope)
-
-
-def _deviations(values: FloatArray) -> tuple[FloatArray, int]:
-    """Deviations from the mean, brought into [-1, 1] by a power of two, and its exponent."""
-    outer = exponent_of(values)
-    values = np.ldexp(values, -outer)
-    deviations = values - values.mean()
-    deviations -= deviations.mean()  # what rounding left of a large offset
-    inner = exponent_of(deviations)
-    return np.ldexp(deviations, -inner), outer + inner
+def _products(values: Array) -> tuple[Array, Array]:
+    """Of rows (variables, sets, n): the product of the first with each other, and the squares."""
+    return (values[0] * values[1:]).sum(-1), (values * values).sum(-1)
 
 
 def exponent_of(values: FloatArray) -> int:
     """The power of two that bounds |values|."""
     return int(np.frexp(np.max(np.abs(values), initial=0.0))[1])
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    """Ranks less their mean, equal values sharing their mean rank."""
-    order = np.argsort(values)
-    ascending = values[order]
-    starts = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
-    ranks = np.empty(len(values))
-    if len(starts) == len(values):
-        ranks[order] = np.arange(len(values))
-    else:
-        counts = np.diff(starts, append=len(values))
-        ranks[order] = np.repeat(starts + (counts - 1) / 2, counts)
-    ranks -= (len(values) - 1) / 2
-    return ranks

@@ -7,7 +7,7 @@ one magnitude per output unit: `axis="output"`, the axis of the DoRA paper and o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import numpy as np
@@ -15,6 +15,15 @@ import torch
 
 from dora_dynamics import _kernels
 from dora_dynamics.errors import InputError
+from dora_dynamics.unit_arithmetic import (
+    MEASURES,
+    has_direction,
+    measures,
+    named,
+    rescaled,
+    terms,
+    unit_arrays,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,10 +56,14 @@ class UnitChange:
     def __len__(self) -> int:
         return len(self.magnitude_before)
 
+    def arrays(self) -> list[NDArray[np.float64]]:
+        """All arrays in their order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
     @property
     def has_direction(self) -> NDArray[np.bool_]:
         """Which units have a norm above zero both before and after."""
-        directed: NDArray[np.bool_] = (self.magnitude_before != 0) & (self.magnitude_after != 0)
+        directed: NDArray[np.bool_] = has_direction(self.magnitude_before, self.magnitude_after)
         return directed
 
     @property
@@ -246,100 +259,26 @@ def low_rank_change(
 
 
 def unit_change(sums: _kernels.UnitSums) -> UnitChange:
-    """Per-unit magnitudes and directions from the four sums of a change.
-
-    With k = 1 + e/a: m = √(k²a + P), m − m_0 = (2e + e²/a + P)/(m + m_0) and
-    1 − cos = P/(m (m + k m_0)); none of them cancels where the change is small.
-    """
-    a, e, c, P = (
-        t.numpy(force=True)
-        for t in (sums.before_square, sums.dot, sums.update_square, sums.tangential_square)
-    )
-    with np.errstate(all="ignore"):
-        m_0 = np.sqrt(a)
-        along = np.where(a == 0, 0.0, e / a)
-        k = np.where(a == 0, 0.0, 1.0 + along)
-        m = np.sqrt(k * k * a + P)
-        difference = np.where(m + m_0 == 0, 0.0, (2 * e + along * e + P) / (m + m_0))
-        return UnitChange(
-            magnitude_before=m_0,
-            magnitude_after=m,
-            magnitude_difference=difference,
-            one_minus_cosine=_one_minus_cosine(k, m_0, m, P),
-            update_square=c,
-            radial_update=along * m_0,
-        )
+    """Per-unit magnitudes and directions from the four sums of a change."""
+    return UnitChange(*unit_arrays(*_arrays(sums)))
 
 
 def _rescale(sums: _kernels.UnitSums, magnitude: Tensor) -> UnitChange:
-    """DoRA (Eq. 5): the direction of the low-rank update, the magnitude |m|, the sign of m.
-
-    A unit that m cannot scale, because the low-rank update left it zero or not finite, is that:
-    zero, or not finite.
-    """
-    turned = unit_change(sums)
-    m = np.where(np.isfinite(turned.magnitude_after), magnitude.numpy(force=True), np.nan)
-    m = np.where(turned.magnitude_after == 0, 0.0, m)
-    with np.errstate(all="ignore"):
-        scale = np.where(m == 0, 0.0, m / turned.magnitude_after)
-        cosine_part = turned.one_minus_cosine
-        one_minus_cosine = np.where(m < 0, 2.0 - cosine_part, cosine_part)
-        one_minus_cosine = np.where(m == 0, np.nan, one_minus_cosine)
-        radial = (scale - 1.0) * turned.magnitude_before + scale * turned.radial_update
-        tangential_square = scale**2 * sums.tangential_square.numpy(force=True)
-    return UnitChange(
-        magnitude_before=turned.magnitude_before,
-        magnitude_after=np.abs(m),
-        magnitude_difference=np.abs(m) - turned.magnitude_before,
-        one_minus_cosine=one_minus_cosine,
-        update_square=radial**2 + tangential_square,
-        radial_update=radial,
-    )
+    """DoRA (Eq. 5): the direction of the low-rank update, the magnitude |m|, the sign of m."""
+    a, e, c, P = _arrays(sums)
+    return UnitChange(*rescaled(unit_arrays(a, e, c, P), P, magnitude.numpy(force=True)))
 
 
-def _one_minus_cosine(
-    k: NDArray[np.float64],
-    m_0: NDArray[np.float64],
-    m: NDArray[np.float64],
-    P: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    forward = P / (m * (m + k * m_0))
-    turned_around = 1.0 - k * m_0 / m
-    value = np.where(k > 0, forward, turned_around)
-    return np.where((m_0 == 0) | (m == 0), np.nan, np.clip(value, 0.0, 2.0))
+def _arrays(sums: _kernels.UnitSums) -> tuple[NDArray[np.float64], ...]:
+    fields = (sums.before_square, sums.dot, sums.update_square, sums.tangential_square)
+    return tuple(field.numpy(force=True) for field in fields)
 
 
 def reduce_units(units: UnitChange, axis: Axis) -> WeightChange:
     """Reduce per-unit changes to the measures of Eq. 3 and 4 and those beside them."""
-    non_finite = int((~units.is_finite).sum())
-    directed = units.has_direction
-    with np.errstate(all="ignore"):
-        magnitudes, difference = units.magnitude_before, units.magnitude_difference
-        relative = np.abs(difference[magnitudes != 0]) / magnitudes[magnitudes != 0]
-        total_square = float(units.update_square.sum())
-        radial_square = float((units.radial_update**2).sum())
-    nan = float("nan")
-    if non_finite:
-        return WeightChange(
-            axis, units, nan, nan, nan, nan, nan, nan, nan, int((~directed).sum()), non_finite
-        )
-    return WeightChange(
-        axis=axis,
-        units=units,
-        delta_magnitude=float(np.abs(difference).mean()),
-        delta_direction=_mean(units.one_minus_cosine[directed]),
-        signed_delta_magnitude=float(difference.mean()),
-        relative_delta_magnitude=_mean(relative),
-        magnitude_before=float(magnitudes.mean()),
-        update_norm=float(np.sqrt(total_square)),
-        radial_share=radial_square / total_square if total_square > 0 else nan,
-        zero_units=int((~directed).sum()),
-        non_finite=0,
-    )
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+    sums = np.stack([term.sum() for term in terms(units.arrays())])
+    numbers = measures(sums[:, np.newaxis], np.full(1, float(len(units))))
+    return WeightChange(axis, units, **named(MEASURES, numbers[:, 0].tolist()))
 
 
 def _units_first(weight: object, axis: Axis, name: str) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from itertools import groupby
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from dora_dynamics._arrays import Array, library_of
 from dora_dynamics._kernels import (
     LowRankUpdate,
     Transfer,
@@ -16,14 +18,15 @@ from dora_dynamics._kernels import (
 )
 from dora_dynamics.decomposition import (
     UnitChange,
-    _rescale,
+    WeightChange,
     low_rank_change,
-    reduce_units,
-    unit_change,
     weight_change,
 )
 from dora_dynamics.effective import Dense
 from dora_dynamics.sharded import Adapted, is_sharded
+from dora_dynamics.unit_arithmetic import MEASURES, rescaled, unit_arrays
+from dora_dynamics.unit_batches import Ranges, batched_sums, length, positions
+from dora_dynamics.unit_summary import UnitSummary, finished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,11 +34,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.tensor import DTensor
 
-    from dora_dynamics.decomposition import Axis, WeightChange
+    from dora_dynamics.correlation import FloatArray
+    from dora_dynamics.decomposition import Axis
     from dora_dynamics.effective import EffectiveWeight
     from dora_dynamics.sites import Site
 
     Triple = tuple[Site, Tensor, EffectiveWeight | Adapted]
+
+_HOST = torch.device("cpu")
 
 
 def measure(site: Site, baseline: Tensor, effective: EffectiveWeight, axis: Axis) -> WeightChange:
@@ -53,129 +59,219 @@ def measure(site: Site, baseline: Tensor, effective: EffectiveWeight, axis: Axis
     )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The change at one site.
+
+    Attributes:
+        summary: what a row says of it.
+        units: the per-unit arrays, where they were asked for.
+    """
+
+    summary: UnitSummary
+    units: UnitChange | None
+
+
 def measure_all(weights: Iterable[Triple], axis: Axis) -> list[WeightChange]:
     """`measure` for many sites at once: (site, baseline, effective weight) of each, in order.
+
+    As `Measurement` measures them. Where W_0 is sharded, all processes call this with the same
+    sites, and one all-reduce adds up what they hold.
+    """
+    changes = []
+    for one in _at_once(weights, axis, keep_units=True):
+        assert one.units is not None
+        measures: dict[str, Any] = {name: getattr(one.summary, name) for name in MEASURES}
+        changes.append(WeightChange(axis, one.units, **measures))
+    return changes
+
+
+def summarize_all(weights: Iterable[Triple], axis: Axis) -> list[UnitSummary]:
+    """What rows say of many sites, as `measure_all`, without the per-unit arrays."""
+    return [measured.summary for measured in _at_once(weights, axis, keep_units=False)]
+
+
+def _at_once(weights: Iterable[Triple], axis: Axis, *, keep_units: bool) -> list[Measured]:
+    measurement = Measurement(axis, keep_units=keep_units)
+    measurement.add(weights)
+    measurement.start()
+    return measurement.finish()
+
+
+class Measurement:
+    """The changes of many sites, measured together: `add` some, `start`, then `finish`.
 
     All weights of one device are measured together: on a GPU in one launch per dtype and layout
     and one transfer back. Sites that are parts or heads of one matrix and follow each other are
     measured in one reading of it: each unit is measured by itself, so that the units of a part
-    are those of the whole. Where W_0 is sharded, all processes call this with the same sites, and
-    one all-reduce adds up what they hold.
+    are those of the whole.
+
+    On a GPU `add` and `start` wait for nothing but sharded weights.
     """
-    transfer = Transfer()
-    finish = queue_measuring(weights, axis, transfer)
-    transfer.start()
-    return finish()
 
+    def __init__(self, axis: Axis, *, keep_units: bool = False) -> None:
+        """Begin with no site.
 
-def queue_measuring(
-    weights: Iterable[Triple], axis: Axis, transfer: Transfer
-) -> Callable[[], list[WeightChange]]:
-    """Start `measure_all`, and on a GPU wait for nothing but sharded weights.
+        Args:
+            axis: which axis the units are.
+            keep_units: whether the per-unit arrays go to the host, and not their summaries alone.
+        """
+        self._axis: Axis = axis
+        self._keep_units = keep_units
+        self._transfer = Transfer()
+        self._parts: dict[torch.device, list[Array]] = {}
+        self._sites: list[tuple[torch.device, Ranges]] = []
+        self._columns: dict[torch.device, tuple[list[int], Callable[[], FloatArray]]] = {}
+        self._units: dict[torch.device, Callable[[], FloatArray]] = {}
 
-    Returns:
-        A function that gives the changes once the transfer is started, in any thread; the weights
-        may be changed or let go of before, unless `transfer.needs_weights`.
-    """
-    weights = list(weights)
-    if axis == "input":
-        return _queue_together(weights, axis, transfer)
-    groups = [
-        list(group)
-        for _, group in groupby(weights, key=lambda weight: (weight[0].tensor, weight[0].expert))
-    ]
-    spans = [_span([site for site, _, _ in group]) for group in groups]
-    finish_wholes = _queue_together(
-        [
-            (span, baseline, effective)
-            for span, ((_, baseline, effective), *_) in zip(spans, groups, strict=True)
-        ],
-        axis,
-        transfer,
-    )
-    parts = [[site for site, _, _ in group] for group in groups]
+    def add(self, weights: Iterable[Triple]) -> None:
+        """Begin to sum these weights.
 
-    def finish() -> list[WeightChange]:
+        They may be changed afterwards, by work that is queued behind this, but for DoRA's
+        magnitudes: those not before `start`.
+        """
+        weights = list(weights)
+        if self._axis == "input":
+            groups = [[weight] for weight in weights]
+            spans = [site for site, _, _ in weights]
+        else:
+            groups = [
+                list(group)
+                for _, group in groupby(weights, key=lambda w: (w[0].tensor, w[0].expert))
+            ]
+            spans = [_span([site for site, _, _ in group]) for group in groups]
+        places = self._begun(
+            [(span, w_0, w) for span, ((_, w_0, w), *_) in zip(spans, groups, strict=True)]
+        )
+        for span, place, group in zip(spans, places, groups, strict=True):
+            for site, _, _ in group:
+                self._sites.append((place.device, _within(site, span, place)))
+
+    def start(self) -> None:
+        """Begin to summarize what was added, and the transfer of that to the host."""
+        with torch.no_grad():
+            for device, parts in self._parts.items():
+                units = library_of(parts[0]).concatenate(parts, 1)
+                here = [i for i, (place, _) in enumerate(self._sites) if place == device]
+                found, order = batched_sums(units, [self._sites[i][1] for i in here])
+                self._columns[device] = [here[i] for i in order], self._bring(found)
+                if self._keep_units:
+                    self._units[device] = self._bring(units)
+            self._transfer.start()
+        self._parts.clear()
+
+    def finish(self) -> list[Measured]:
+        """Wait, and give the changes in the order in which the sites were added; in any thread."""
+        found: dict[int, UnitSummary] = {}
+        for order, get in self._columns.values():
+            counts = [length(self._sites[i][1]) for i in order]
+            found.update(zip(order, finished(get(), counts), strict=True))
+        units = {device: get() for device, get in self._units.items()}
         return [
-            _part_of(whole, span, site)
-            for whole, span, sites in zip(finish_wholes(), spans, parts, strict=True)
-            for site in sites
+            Measured(found[i], UnitChange(*units[device][:, positions(ranges)]) if units else None)
+            for i, (device, ranges) in enumerate(self._sites)
         ]
 
-    return finish
+    def _bring(self, array: Array) -> Callable[[], FloatArray]:
+        if isinstance(array, np.ndarray):
+            return lambda: array
+        return self._transfer.add(array)
+
+    def _begun(self, weights: Sequence[Triple]) -> list[_Place]:
+        """Begin with these weights, each whole; where the units of each will be."""
+        sharded = {i: (site, w_0, w) for i, (site, w_0, w) in enumerate(weights) if is_sharded(w_0)}
+        dense: dict[int, tuple[Tensor, Tensor]] = {}
+        lora: dict[int, LowRankUpdate] = {}
+        dora: dict[int, tuple[LowRankUpdate, Tensor]] = {}
+        for i, (site, baseline, effective) in enumerate(weights):
+            if i in sharded or isinstance(effective, Adapted):
+                continue
+            before = site.oriented(baseline)
+            if isinstance(effective, Dense):
+                after = site.oriented(effective.weight)
+                if _comparable(before, after):
+                    along = self._axis == "output"
+                    dense[i] = (before, after) if along else (before.T, after.T)
+                continue
+            A, B, m = effective.A, site.select(effective.B), effective.magnitude
+            fits = _is_matrix(before) and (B.shape[0], A.shape[1]) == before.shape
+            if not fits or A.shape[0] != B.shape[1]:
+                continue
+            if m is None:
+                along = self._axis == "output"
+                factors = (before, A, B) if along else (before.T, B.T, A.T)
+                lora[i] = LowRankUpdate(*factors, effective.scaling)
+            elif self._axis == "output" and m.ndim == 1 and len(site.select(m)) == len(B):
+                dora[i] = LowRankUpdate(before, A, B, effective.scaling), site.select(m)
+
+        places: dict[int, _Place] = {}
+        for members, queued in (
+            (list(dense), queue_dense_sums(list(dense.values()))),
+            (list(lora), queue_low_rank_sums(list(lora.values()))),
+        ):
+            for some in queued:
+                own = [members[i] for i in some.which]
+                places |= self._placed(own, some.units, unit_arrays(*some.sums))
+        members = list(dora)
+        for some in queue_low_rank_sums([update for update, _ in dora.values()]):
+            own = [members[i] for i in some.which]
+            m = _magnitudes([dora[i][1] for i in own], some.sums)
+            turned = unit_arrays(*some.sums)
+            places |= self._placed(own, some.units, rescaled(turned, some.sums[3], m))
+        here = {
+            i: measure(site, w_0, w, self._axis).units  # not together, or not at all: this tells
+            for i, (site, w_0, w) in enumerate(weights)
+            if not (i in sharded or i in places or isinstance(w, Adapted))
+        }
+        here |= dict(
+            zip(sharded, _measure_sharded(list(sharded.values()), self._axis), strict=True)
+        )
+        for i, units in here.items():
+            places |= self._placed([i], [len(units)], units.arrays())
+        return [places[i] for i in range(len(weights))]
+
+    def _placed(
+        self, members: Sequence[int], counts: Sequence[int], units: Sequence[Array]
+    ) -> dict[int, _Place]:
+        """Put the six arrays of some weights behind those that are there."""
+        stacked = library_of(units[0]).stack(list(units))
+        device = _HOST if isinstance(stacked, np.ndarray) else stacked.device
+        parts = self._parts.setdefault(device, [])
+        first = sum(part.shape[1] for part in parts)
+        parts.append(stacked)
+        firsts = accumulate(counts, initial=first)
+        return {
+            i: _Place(device, start, count)
+            for i, start, count in zip(members, firsts, counts, strict=False)
+        }
 
 
-def _queue_together(
-    weights: Sequence[Triple], axis: Axis, transfer: Transfer
-) -> Callable[[], list[WeightChange]]:
-    """`measure` of each, with the sums of all that can be summed together taken at once."""
-    sharded = [(site, w_0, w) for site, w_0, w in weights if is_sharded(w_0)]
-    whole = [
-        (site, w_0, w)
-        for site, w_0, w in weights
-        if not (is_sharded(w_0) or isinstance(w, Adapted))
-    ]
-    changes = iter(_measure_sharded(sharded, axis))
-    finish_whole = _queue_whole(whole, axis, transfer)
-    order = [is_sharded(w_0) for _, w_0, _ in weights]
+@dataclass(frozen=True)
+class _Place:
+    """Where the units of a weight are: on which device, from where, how many."""
 
-    def finish() -> list[WeightChange]:
-        rest = iter(finish_whole())
-        return [next(changes if apart else rest) for apart in order]
-
-    return finish
+    device: torch.device
+    first: int
+    count: int
 
 
 def _measure_sharded(
     weights: Sequence[tuple[Site, DTensor, EffectiveWeight | Adapted]], axis: Axis
-) -> list[WeightChange]:
+) -> list[UnitChange]:
     """Now and in this thread: the training's own collectives must not come in between."""
     if not weights:
         return []
     from dora_dynamics.sharded.changes import unit_changes
 
-    return [reduce_units(units, axis) for units in unit_changes(weights, axis)]
+    return unit_changes(weights, axis)
 
 
-def _queue_whole(
-    weights: Sequence[tuple[Site, Tensor, EffectiveWeight]], axis: Axis, transfer: Transfer
-) -> Callable[[], list[WeightChange]]:
-    """`_queue_together` for weights that this process has whole."""
-    dense: dict[int, tuple[Tensor, Tensor]] = {}
-    low_rank: dict[int, LowRankUpdate] = {}
-    magnitudes: dict[int, Callable[[], Tensor]] = {}
-    for i, (site, baseline, effective) in enumerate(weights):
-        before = site.oriented(baseline)
-        if isinstance(effective, Dense):
-            after = site.oriented(effective.weight)
-            if _comparable(before, after):
-                dense[i] = (before, after) if axis == "output" else (before.T, after.T)
-            continue
-        A, B, m = effective.A, site.select(effective.B), effective.magnitude
-        fits = _is_matrix(before) and (B.shape[0], A.shape[1]) == before.shape
-        if not fits or A.shape[0] != B.shape[1]:
-            continue
-        if m is None:
-            factors = (before, A, B) if axis == "output" else (before.T, B.T, A.T)
-            low_rank[i] = LowRankUpdate(*factors, effective.scaling)
-        elif axis == "output" and m.ndim == 1 and len(site.select(m)) == len(B):
-            low_rank[i] = LowRankUpdate(before, A, B, effective.scaling)
-            magnitudes[i] = transfer.add(site.select(m))
-    queued = (*dense, *low_rank)
-    finish_dense = queue_dense_sums(list(dense.values()), transfer)
-    finish_low_rank = queue_low_rank_sums(list(low_rank.values()), transfer)
-    alone = {  # not measurable together, or not at all: then this tells why
-        i: measure(*weight, axis) for i, weight in enumerate(weights) if i not in queued
-    }
-
-    def finish() -> list[WeightChange]:
-        found = dict(alone)
-        for i, one in zip(queued, (*finish_dense(), *finish_low_rank()), strict=True):
-            units = _rescale(one, magnitudes[i]()) if i in magnitudes else unit_change(one)
-            found[i] = reduce_units(units, axis)
-        return [found[i] for i in sorted(found)]
-
-    return finish
+def _magnitudes(magnitudes: Sequence[Tensor], beside: Array) -> Array:
+    """DoRA's m of some weights, one after the other, where their sums are."""
+    joined = torch.cat([m.detach().reshape(-1) for m in magnitudes]).to(torch.float64)
+    if isinstance(beside, np.ndarray):
+        return joined.numpy(force=True)
+    return joined.to(beside.device)
 
 
 def _is_matrix(weight: Tensor) -> bool:
@@ -198,12 +294,9 @@ def _span(sites: Sequence[Site]) -> Site:
     )
 
 
-def _part_of(change: WeightChange, span: Site, site: Site) -> WeightChange:
+def _within(site: Site, span: Site, place: _Place) -> Ranges:
+    """Where the units of a site are, which is a part of a span that has its place."""
     if site.rows == span.rows or site.rows is None:
-        return change
-    first = span.rows[0][0] if span.rows else 0
-    chosen = np.concatenate([np.arange(start - first, stop - first) for start, stop in site.rows])
-    units = UnitChange(
-        **{f.name: getattr(change.units, f.name)[chosen] for f in fields(UnitChange)}
-    )
-    return reduce_units(units, change.axis)
+        return ((place.first, place.first + place.count),)
+    first = place.first - (span.rows[0][0] if span.rows else 0)
+    return tuple((first + start, first + stop) for start, stop in site.rows)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_dynamics.decomposition import WeightChange
     from dora_dynamics.effective import EffectiveWeight
+    from dora_dynamics.measurement import Measured
     from dora_dynamics.sites import Site
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class RecordedStep:
     run: str
     method: str
     sites: Sequence[Site]
-    finish: Callable[[], list[WeightChange]]
+    finish: Callable[[], list[Measured]]
     total_decay: Mapping[str, float]
     effective: Mapping[str, EffectiveWeight]
     baseline: Mapping[str, Tensor] | None
@@ -51,7 +51,7 @@ class RecordedStep:
         rows = [
             trajectory_row(
                 site,
-                change,
+                change.summary,
                 run=self.run,
                 method=self.method,
                 step=self.step,
@@ -67,7 +67,9 @@ class RecordedStep:
                 snapshots.save_weights(directory, self.step, self._by_site(self.effective))
             if "units" in keep:
                 units = {
-                    site: change.units for site, change in zip(self.sites, changes, strict=True)
+                    site: change.units
+                    for site, change in zip(self.sites, changes, strict=True)
+                    if change.units is not None
                 }
                 snapshots.save_units(directory, self.step, units)
             run_directory.append_rows(directory, rows)

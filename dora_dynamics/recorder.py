@@ -359,7 +359,10 @@ class Recorder:
         if self._baseline.is_sharded:
             expose(self._model)
         finish, effective = self._baseline.queue(
-            self.sites, self.axis, keep="weights" in self._keep
+            self.sites,
+            self.axis,
+            keep_units="units" in self._keep,
+            keep_weights="weights" in self._keep,
         )
         keeps_baseline = "weights" in self._keep and self._last_recorded is None
         recorded = RecordedStep(

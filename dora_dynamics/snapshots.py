@@ -20,7 +20,7 @@ import safetensors.torch
 from dora_dynamics.decomposition import AXES, Axis, UnitChange
 from dora_dynamics.effective import Dense, EffectiveWeight, LowRank
 from dora_dynamics.errors import InputError
-from dora_dynamics.measurement import measure_all
+from dora_dynamics.measurement import summarize_all
 from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
 from dora_dynamics.sites import Site
 from dora_dynamics.trajectory import to_table, trajectory_row
@@ -160,21 +160,21 @@ def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
         weights = load_weights(path, int(step))
         heads = [None if pd.isna(head) else int(head) for head in recorded["head"]]
         measured = [sites[name, head] for name, head in zip(recorded["site"], heads, strict=True)]
-        changes = measure_all(
+        summaries = summarize_all(
             ((site, baselines[site], weights[site.tensor]) for site in measured), axis
         )
         rows.extend(
             trajectory_row(
                 site,
-                change,
+                summary,
                 run=info.run,
                 method=info.method,
                 step=int(step),
                 total_decay=total_decay,
                 head=site.head,
             )
-            for site, change, total_decay in zip(
-                measured, changes, recorded["total_decay"], strict=True
+            for site, summary, total_decay in zip(
+                measured, summaries, recorded["total_decay"], strict=True
             )
         )
     return to_table(rows)

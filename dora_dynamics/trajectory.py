@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import numpy as np
 import pandas as pd
 
-from dora_dynamics.correlation import relations
 from dora_dynamics.errors import InputError
+from dora_dynamics.unit_summary import UnitSummary, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -78,7 +77,7 @@ class TrajectoryError(InputError):
 
 def trajectory_row(
     site: Site,
-    change: WeightChange,
+    change: WeightChange | UnitSummary,
     *,
     run: str,
     method: str,
@@ -90,7 +89,7 @@ def trajectory_row(
 
     Args:
         site: the weight that was measured.
-        change: its change since the baseline.
+        change: its change since the baseline, or what is left of it for a row.
         run: name of the run.
         method: name of the fine-tuning method.
         step: optimizer steps done.
@@ -100,11 +99,7 @@ def trajectory_row(
     Returns:
         A value for each of `COLUMN_NAMES`.
     """
-    turned = change.units.one_minus_cosine
-    directed = change.units.has_direction
-    turned = turned[directed]
-    signed = change.units.magnitude_difference[directed]
-    absolute, plain = relations(turned, [np.abs(signed), signed])
+    summary = change if isinstance(change, UnitSummary) else summary_of(change)
     return {
         "run": run,
         "method": method,
@@ -114,23 +109,23 @@ def trajectory_row(
         "stack": site.stack,
         "role": site.role,
         "head": head,
-        "units": len(change.units),
-        "delta_magnitude": change.delta_magnitude,
-        "delta_direction": change.delta_direction,
-        "signed_delta_magnitude": change.signed_delta_magnitude,
-        "relative_delta_magnitude": change.relative_delta_magnitude,
-        "magnitude_before": change.magnitude_before,
-        "update_norm": change.update_norm,
-        "unit_coupling": absolute.pearson,
-        "unit_rank_coupling": absolute.spearman,
-        "unit_slope": absolute.slope,
-        "signed_unit_coupling": plain.pearson,
-        "signed_unit_rank_coupling": plain.spearman,
-        "signed_unit_slope": plain.slope,
-        "radial_share": change.radial_share,
+        "units": summary.units,
+        "delta_magnitude": summary.delta_magnitude,
+        "delta_direction": summary.delta_direction,
+        "signed_delta_magnitude": summary.signed_delta_magnitude,
+        "relative_delta_magnitude": summary.relative_delta_magnitude,
+        "magnitude_before": summary.magnitude_before,
+        "update_norm": summary.update_norm,
+        "unit_coupling": summary.unit_coupling,
+        "unit_rank_coupling": summary.unit_rank_coupling,
+        "unit_slope": summary.unit_slope,
+        "signed_unit_coupling": summary.signed_unit_coupling,
+        "signed_unit_rank_coupling": summary.signed_unit_rank_coupling,
+        "signed_unit_slope": summary.signed_unit_slope,
+        "radial_share": summary.radial_share,
         "total_decay": total_decay,
-        "zero_units": change.zero_units,
-        "non_finite": change.non_finite,
+        "zero_units": summary.zero_units,
+        "non_finite": summary.non_finite,
     }
 
 

@@ -17,7 +17,7 @@ import dora_dynamics as dd
 import dora_dynamics.baseline
 from dora_dynamics.baseline import BaselineError, CapturedBaseline
 from dora_dynamics.checkpoints import CheckpointError, opening
-from dora_dynamics.measurement import queue_measuring
+from dora_dynamics.measurement import Measurement
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -248,17 +248,16 @@ class TestPlace:
         safetensors.torch.save_file(state, tmp_path / "model.safetensors")
         options: dict[str, Any] = {"baseline": tmp_path, "baseline_place": "file"}
         expected = self.recorded(tiny_transformer, train, "cpu", **options).trajectory
+        add = Measurement.add
         for limit, groups in ((1 << 28, 1), (2 * 9 * 6 * 4, 2), (1, 4)):
             calls: list[int] = []
 
-            def counting(
-                weights: list[Any], axis: Any, transfer: Any, calls: list[int] = calls
-            ) -> Callable[[], list[Any]]:
+            def counting(self: Measurement, weights: list[Any], calls: list[int] = calls) -> None:
                 calls.append(len(weights))
-                return queue_measuring(weights, axis, transfer)
+                add(self, weights)
 
             monkeypatch.setattr(dora_dynamics.baseline, "_AT_A_TIME", limit)
-            monkeypatch.setattr(dora_dynamics.baseline, "queue_measuring", counting)
+            monkeypatch.setattr(Measurement, "add", counting)
             recorder = self.recorded(tiny_transformer, train, "cpu", **options)
             assert recorder.trajectory.equals(expected)
             assert calls == [4 // groups] * groups * 4  # of steps 0 to 3

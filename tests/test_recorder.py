@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
-import dora_dynamics.baseline
 from dora_dynamics import measurement
 from dora_dynamics._kernels import queue_dense_sums
 from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
@@ -697,18 +696,13 @@ class TestBesideTraining:
     def gate(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         """Measurements end when it is set; weights are read when they are queued."""
         gate = threading.Event()
-        queue = measurement.queue_measuring
+        finish = measurement.Measurement.finish
 
-        def gated(weights: Any, axis: Any, transfer: Any) -> Callable[[], Any]:
-            finish = queue(weights, axis, transfer)
+        def gated(self: measurement.Measurement) -> Any:
+            assert gate.wait(60)
+            return finish(self)
 
-            def wait() -> Any:
-                assert gate.wait(60)
-                return finish()
-
-            return wait
-
-        monkeypatch.setattr(dora_dynamics.baseline, "queue_measuring", gated)
+        monkeypatch.setattr(measurement.Measurement, "finish", gated)
         monkeypatch.setattr(Baselines, "is_on_gpu", property(lambda _: True))
         return gate
 

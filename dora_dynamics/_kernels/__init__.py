@@ -15,17 +15,24 @@ from __future__ import annotations
 
 from dora_dynamics._kernels.dispatch import dense_sums, dense_sums_of_all
 from dora_dynamics._kernels.low_rank import LowRankUpdate, low_rank_sums, low_rank_sums_of_all
-from dora_dynamics._kernels.queueing import Transfer, queue_dense_sums, queue_low_rank_sums
-from dora_dynamics._kernels.sums import UnitSums
+from dora_dynamics._kernels.queueing import (
+    QueuedSums,
+    Transfer,
+    queue_dense_sums,
+    queue_low_rank_sums,
+)
+from dora_dynamics._kernels.sums import UnitSums, on_device
 
 __all__ = [
     "LowRankUpdate",
+    "QueuedSums",
     "Transfer",
     "UnitSums",
     "dense_sums",
     "dense_sums_of_all",
     "low_rank_sums",
     "low_rank_sums_of_all",
+    "on_device",
     "queue_dense_sums",
     "queue_low_rank_sums",
 ]

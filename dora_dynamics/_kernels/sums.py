@@ -65,6 +65,14 @@ def to_host(sums: Tensor) -> Callable[[], NDArray[np.float64]]:
     return wait
 
 
+def on_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device, queued and not waited for; on the CPU no copy."""
+    tensor = torch.from_numpy(numbers)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def fill_tangential(sums: NDArray[np.float64], single: bool) -> NDArray[np.intp]:
     """Set P = c − e²/a from a, e and c, and tell the units where that cannot be believed.
 

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from dora_dynamics._kernels import low_rank
-from dora_dynamics._kernels.sums import UnitSums, from_array, ratio, to_host
-from dora_dynamics._kernels.triton_path import element_type, on_device
+from dora_dynamics._kernels.sums import UnitSums, from_array, on_device, ratio, to_host
+from dora_dynamics._kernels.triton_path import element_type
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

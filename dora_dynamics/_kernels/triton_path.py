@@ -23,13 +23,13 @@ from dora_dynamics._kernels.sums import (
     TANGENTIAL_SHARE,
     UnitSums,
     from_array,
+    on_device,
     to_host,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
 _ENTRY: Final = 10
@@ -362,11 +362,3 @@ def make_plan(pairs: Sequence[tuple[Tensor, Tensor]], tiling: Tiling | None = No
 def element_type(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""
     return _TYPES[dtype]
-
-
-def on_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy on the device, queued and not waited for."""
-    tensor = torch.from_numpy(numbers)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

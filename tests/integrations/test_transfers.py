@@ -6,6 +6,7 @@ memory, but they say that they are on another device, and only a copy gets them 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -145,6 +146,8 @@ def test_one_transfer_and_only_chosen_weights(
             with Watch() as watch:
                 recorder.record()
             assert len(watch.transfers) == (where != "cpu"), watch.transfers
+            sizes = [re.search(r"\((\d+),\)$", transfer) for transfer in watch.transfers]
+            assert all(size and int(size[1]) == 35 * len(recorder.sites) for size in sizes)
             names = {n for n, p in model.named_parameters() if any(p is t for t in watch.touched)}
             assert names
             assert all(any(f".{target}." in name for target in targets) for name in names), names

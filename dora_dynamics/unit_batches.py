@@ -1,0 +1,81 @@
+"""The units of many weights in one array, and what their summaries need with few operations.
+
+Weights with as many units are taken together: on a device, where each operation is a launch, all
+of a model takes as many as there are different numbers of units in it, and a few numbers a weight
+go to the host.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import numpy as np
+
+from dora_dynamics._arrays import Array, library_of
+from dora_dynamics._kernels import on_device
+from dora_dynamics.unit_summary import summary_sums, summary_terms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+Ranges: TypeAlias = tuple[tuple[int, int], ...]
+"""Where the units of one weight are among those of all: from, to."""
+
+_HOST_UNITS: Final = 1 << 13
+"""Units taken at a time on the CPU: what is made of them stays in a core's cache."""
+_DEVICE_UNITS: Final = 1 << 20
+"""Units taken at a time on a device: some 300 MB pass."""
+
+
+def batched_sums(units: Sequence[Array], weights: Sequence[Ranges]) -> tuple[Array, list[int]]:
+    """`summary_sums` of many weights.
+
+    Args:
+        units: the six arrays of the units of all.
+        weights: where the units of each are.
+
+    Returns:
+        Shape (35, weights), on the same device, and which of the weights each column is of.
+    """
+    library = library_of(units[0])
+    device = None if library is np else units[0].device
+    batches = _batches(tuple(weights), device)
+    if device is None:
+        found = [summary_sums(summary_terms([a[i] for a in units])) for _, i in batches]
+    else:
+        terms = summary_terms(units)
+        found = [summary_sums(terms[:, index]) for _, index in batches]
+    return library.concatenate(found, 1), [i for some, _ in batches for i in some]
+
+
+def length(ranges: Ranges) -> int:
+    """How many units there are in the ranges."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def positions(ranges: Ranges) -> NDArray[np.intp]:
+    """The units in the ranges."""
+    return np.concatenate([np.arange(start, stop) for start, stop in ranges])
+
+
+@lru_cache(maxsize=8)
+def _batches(
+    weights: tuple[Ranges, ...], device: torch.device | None
+) -> list[tuple[list[int], Array]]:
+    """Which weights are taken together, and where their units are, shape (weights, units)."""
+    by_length: dict[int, list[int]] = {}
+    for i, ranges in enumerate(weights):
+        by_length.setdefault(length(ranges), []).append(i)
+    most = _HOST_UNITS if device is None else _DEVICE_UNITS
+    batches: list[tuple[list[int], Array]] = []
+    for count, members in by_length.items():
+        step = max(1, most // count)
+        for first in range(0, len(members), step):
+            some = members[first : first + step]
+            index = np.stack([positions(weights[i]) for i in some])
+            batches.append((some, index if device is None else on_device(index, device)))
+    return batches

@@ -1,0 +1,106 @@
+"""What a row of the trajectory says of the units of a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dora_dynamics._arrays import Array, as_numbers, library_of
+from dora_dynamics.correlation import moments, relations
+from dora_dynamics.unit_arithmetic import DIRECTED, MEASURES, TERMS, measures, named, terms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dora_dynamics.correlation import FloatArray
+    from dora_dynamics.decomposition import WeightChange
+
+
+@dataclass(frozen=True)
+class UnitSummary:
+    """The measures of one weight and the relations across its units.
+
+    Attributes:
+        units: number of units.
+        delta_magnitude: this and what follows as in `decomposition.WeightChange`.
+        unit_coupling: this and what follows as in `trajectory.COLUMNS`.
+    """
+
+    units: int
+    delta_magnitude: float
+    delta_direction: float
+    signed_delta_magnitude: float
+    relative_delta_magnitude: float
+    magnitude_before: float
+    update_norm: float
+    radial_share: float
+    zero_units: int
+    non_finite: int
+    unit_coupling: float
+    unit_rank_coupling: float
+    unit_slope: float
+    signed_unit_coupling: float
+    signed_unit_rank_coupling: float
+    signed_unit_slope: float
+
+
+_NAMES = (*MEASURES, *(f.name for f in fields(UnitSummary)[1 + len(MEASURES) :]))
+
+
+def summary_terms(units: Sequence[Array]) -> Array:
+    """Of each unit what `summary_sums` takes, of any shape and on any device, in one array.
+
+    Args:
+        units: the six arrays of `unit_arithmetic`.
+    """
+    library = library_of(units[0])
+    found = terms(units)
+    directed = found[DIRECTED]
+    turned, difference = units[3], units[2]
+    values, bad = [], []
+    for value in (turned, abs(difference), difference):
+        finite = library.isfinite(value)
+        values.append(library.where(finite, value, 0.0) * directed)
+        bad.append(directed * as_numbers(~finite))
+    return library.stack([*found, *bad, *values])
+
+
+def summary_sums(terms: Array) -> Array:
+    """All that a summary needs of the units, of weights with as many units each.
+
+    Args:
+        terms: shape (16, weights, units), of `summary_terms`.
+
+    Returns:
+        Shape (35, weights), on the same device, for `finished`. Each weight's numbers are its own,
+        to the last bit of numpy's, whatever the others are.
+    """
+    sums = terms[: TERMS + 3].sum(-1)
+    found = moments(terms[TERMS + 3 :], terms[DIRECTED], sums[DIRECTED])
+    return library_of(terms).concatenate([sums, found])
+
+
+def finished(sums: FloatArray, counts: Sequence[int]) -> list[UnitSummary]:
+    """The summaries of weights, from what `summary_sums` returned, on the host.
+
+    Args:
+        sums: shape (35, weights).
+        counts: how many units each has.
+    """
+    own, bad, found = np.split(sums, [TERMS, TERMS + 3])
+    related = relations(found, own[DIRECTED], bad == 0)
+    numbers = np.concatenate(
+        [measures(own, np.array(counts, np.float64)), related[:, 0], related[:, 1]]
+    )
+    return [
+        UnitSummary(count, **named(_NAMES, column))
+        for count, column in zip(counts, numbers.T.tolist(), strict=True)
+    ]
+
+
+def summary_of(change: WeightChange) -> UnitSummary:
+    """The summary of one measured change."""
+    own = summary_terms(change.units.arrays())[:, np.newaxis]
+    return finished(summary_sums(own), [len(change.units)])[0]
