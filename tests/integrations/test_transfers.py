@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import dora_dynamics as dd
+from dora_dynamics import snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     Build = Callable[..., nn.Module]
 
@@ -157,6 +160,29 @@ def test_one_transfer_and_only_chosen_weights(
     ours, theirs = (table[columns].to_numpy() for table in tables)
     assert abs(ours - theirs).max() <= 1e-6 * abs(ours).max()
     assert ours.max(0).min() > 0
+
+
+@pytest.mark.parametrize("device", [FAR, GPU])
+def test_kept_units_come_in_the_same_transfer(
+    device: str, tiny_transformer: Build, tmp_path: Path
+) -> None:
+    kept = []
+    for where in ("cpu", device):
+        model = put(adapt(tiny_transformer(), "mixed"), where)
+        run = tmp_path / where
+        recorder = dd.Recorder(model, TARGETS, run_dir=run, method="mixed", keep="units")
+        for step in range(2):
+            recorder.step = step
+            with Watch() as watch:
+                recorder.record()
+            assert len(watch.transfers) == (where != "cpu"), watch.transfers
+            move(model, where)
+        recorder.state_dict()
+        kept.append(snapshots.load_units(run, 1))
+    assert kept[0].keys() == kept[1].keys()
+    for site, units in kept[0].items():
+        for one, other in zip(units.arrays(), kept[1][site].arrays(), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", [FAR, GPU])
