@@ -7,28 +7,21 @@ files below analyses/results/. No number in them is typed by hand.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import pandas as pd
 
-from analyses.reproduce import verdict_table
+from analyses import _findings as findings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dora_dynamics.statistics import Level
-
 ROOT: Final = Path(__file__).parent.parent
-RESULTS: Final = ROOT / "analyses" / "results"
 BEGIN: Final = "<!-- begin: study -->"
 END: Final = "<!-- end: study -->"
-METHODS: Final = ("FT", "LoRA", "DoRA")
-LEVELS: Final[dict[Level, str]] = {"within_step": "layers", "units": "units"}
 
 
 @dataclass(frozen=True)
@@ -56,279 +49,12 @@ class Entry:
     figure: str = ""
 
 
-def table(name: str) -> Any:
-    """A table of results."""
-    return pd.read_csv(RESULTS / f"{name}.csv")
-
-
-def about(name: str) -> dict[str, Any]:
-    """What is known of how results came about."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def number(value: float, digits: int = 2) -> str:
-    """A number with its sign and a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def with_interval(row: Any, name: str = "pearson", low: str = "", high: str = "") -> str:
-    """An estimate and its interval."""
-    ends = row[low or f"{name}_low"], row[high or f"{name}_high"]
-    return f"{number(row[name])} [{number(ends[0])}, {number(ends[1])}]"
-
-
-def one(found: Any, **place: Any) -> Any:
-    """The only row at a place."""
-    for column, value in place.items():
-        found = found[found[column] == value]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} rows at {place}.")
-    return found.iloc[0]
-
-
-def reproduced() -> str:
-    """Which signs of the paper's claim are found, on two starting points."""
-    lines = [
-        "| starting point | | FT: negative | LoRA: positive | DoRA: negative |",
-        "|---|---|---|---|---|",
-    ]
-    for name, words in (("minilm", "MiniLM"), ("bart", "our BART")):
-        for level, across in LEVELS.items():
-            found = verdict_table(table(f"reproduction_{name}"), level)
-            for role in ("query", "value"):
-                cells = [
-                    f"{row['verdict']}: {with_interval(row)}"
-                    for row in (one(found, role=role, method=method) for method in METHODS)
-                ]
-                lines.append(f"| {words} | {role}, across {across} | {' | '.join(cells)} |")
-    bart, pre = about("reproduction_bart"), about("pretrain_bart")
-    cut = len(bart.get("unfinished", []))
-    scores = pd.DataFrame(about("reproduction_minilm")["jobs"]).groupby("method")["retrieval"]
-    means = ", ".join(f"{method} {scores.mean()[method]:.3f}" for method in METHODS)
-    return "\n".join(
-        [
-            "For each sign of the paper's claim, with the paper's total weight decay, r of ΔD and "
-            "ΔM with its 95% interval over layers and seeds:",
-            "",
-            *lines,
-            "",
-            f"The second starting point is an encoder–decoder in BART's shape "
-            f"({pre['parameters'] / 1e6:.0f}M parameters, {pre['settings']['layers']} layers), "
-            f"pre-trained here from random weights on {pre['tokens'] / 1e6:.0f}M tokens of Python "
-            f"source (`analyses.pretrain`; held-out loss {pre['held_out_loss']['before']:.2f} → "
-            f"{pre['held_out_loss']['after']:.2f})."
-            + (f" {cut} of its {cut + len(bart['jobs'])} runs were cut off and are left out." if cut else "")
-            + f" MiniLM's held-out score: before {about('reproduction_minilm')['before']['retrieval']:.3f}, "
-            f"then {means}.",
-        ]
-    )  # fmt: skip
-
-
-def decay() -> str:
-    """What weight decay does to the coupling, and what is left without."""
-    found, contrast = table("weight_decay"), table("weight_decay_contrast")
-    points = table("weight_decay_prediction")
-    absolute = found[~found["signed"] & (found["decay_on"] == "all")]
-
-    def r(method: str, total: float, role: str = "value", level: str = "units") -> str:
-        return with_interval(one(absolute, method=method, total=total, role=role, level=level))
-
-    left = {
-        role: with_interval(
-            one(contrast, role=role, total=0.0, contrast="LoRA − DoRA"), "mean", "low", "high"
-        )
-        for role in ("query", "value")
-    }
-    whole = points[points["decay_on"] == "all"]
-    errors = whole.groupby("method")["error"].apply(lambda e: 100 * e.abs().mean())
-    return (
-        f"Across the units of the value matrices r of FT goes from {r('FT', 0.0)} without decay to "
-        f"{r('FT', 0.1)} at Λ = 10%, that of DoRA from {r('DoRA', 0.0)} to {r('DoRA', 0.1)}, and "
-        f"LoRA's stays ({r('LoRA', 0.0)}, {r('LoRA', 0.1)}): decay on what holds the magnitude "
-        "makes the sign negative. Is the paper's contrast between LoRA and DoRA left when decay is "
-        f"off? Yes, though not as one of signs: across layers r of LoRA is above that of DoRA by "
-        f"{left['query']} (query) and {left['value']} (value; means over seeds with t-intervals, "
-        "which speak of these layers). The prediction exp(−Λ)/(1 − ΔD) misses the relative signed "
-        f"ΔM by {errors['FT']:.2f} (FT), {errors['LoRA']:.2f} (LoRA) and {errors['DoRA']:.2f} "
-        "(DoRA) percentage points on average: DoRA's m learns against the turning that it predicts."
-        + _unfinished("weight_decay", ": those with decay on DoRA's m alone, or on A and B alone")
-    )
-
-
-def geometry() -> str:
-    """How well the orthogonal curve tells LoRA's points."""
-    found = table("update_geometry")
-
-    def r_squared(source: str, role: str, method: str = "LoRA") -> str:
-        return f"{one(found, source=source, role=role, method=method)['r_squared']:.2f}"
-
-    share = table("update_geometry_share")
-    last = share[share["step"] == share.groupby("source")["step"].transform("max")]
-    last = last[last["source"] == "reproduction_minilm"]
-    shares = last.groupby("method")["mean"].mean()
-    return (
-        "The curve ΔM = m·ΔD/(1 − ΔD), with each weight's own m and nothing fitted, explains "
-        f"R² = {r_squared('reproduction_minilm', 'query')} (query) and "
-        f"{r_squared('reproduction_minilm', 'value')} (value) of LoRA's points on MiniLM, and "
-        f"{r_squared('reproduction_bart', 'query')} and {r_squared('reproduction_bart', 'value')} on "
-        "our BART. On the paper's own LoRA points, with one fitted m, it explains "
-        f"{r_squared('paper', 'query')} and {r_squared('paper', 'value')}. With weight decay it "
-        "tells nothing of FT and DoRA (R² below zero). At the end of training the radial share of "
-        f"‖ΔW‖² is {shares['LoRA']:.4f} for LoRA (a random direction has 1/384 = {1 / 384:.4f}), "
-        f"{shares['FT']:.2f} for FT and {shares['DoRA']:.2f} for DoRA."
-    )
-
-
-def gradients() -> str:
-    """The equations checked; conditioning; the scenarios."""
-    found, checks = table("gradient_geometry"), table("gradient_geometry_checks")
-    worst = checks[["error_A", "error_B", "error_m"]].max().max()
-    gain = 100 * found["participation_gain"]
-    return (
-        f"Eq. 6, 7 and 11 agree with autograd to {worst:.0e} in float64, on all "
-        f"{len(found)} adapted weights. Of the gradient of a unit, {100 * found['radial_share'].mean():.2f}% "
-        f"lies along the unit itself (a random direction: {100 / found['inputs'].iloc[0]:.2f}%), so "
-        "that the projection takes off next to nothing: the participation ratio of the gradient's "
-        f"covariance grows by {gain.mean():.2f}% on average ({gain.min():.2f}% to {gain.max():.2f}% "
-        "over the weights). The claim that it comes closer to the identity has the right sign "
-        f"in {int((gain > 0).sum())} of {len(gain)} weights, and hardly any size here. Scenarios S1 and S2: "
-        "if the steps of all units are made equally long, |∇m| goes against ΔD as the paper says "
-        f"(mean r = {number(found['r_equal_length'].mean())}, which is geometry); with the gradients' "
-        f"actual lengths it goes with ΔD (mean r = {number(found['r_actual_length'].mean())}, "
-        f"{number(found['r_actual_length'].min())} to {number(found['r_actual_length'].max())}): units "
-        "with long gradients move more in both. The assumption of equal lengths decides."
-    )  # fmt: skip
-
-
-def when() -> str:
-    """How often each sign is met over the settings."""
-    found = table("sign_map")
-    parts = []
-    for method in METHODS:
-        for decay in ("paper's decay", "no decay"):
-            cells = found[(found["method"] == method) & (found["decay"] == decay)]["pearson"]
-            cells = cells.dropna()
-            parts.append(
-                f"{method} with {decay}: r {number(cells.min())} to {number(cells.max())}, "
-                f"{int((cells < 0).sum())} of {len(cells)} negative"
-            )
-    return (
-        "Over learning rate, batch size, rank, optimizer and choice of checkpoints (one varied at a "
-        f"time, query and value), across layers: {'; '.join(parts)}. What sets the sign is decay "
-        "that acts on the magnitude directly; coupled into Adam's gradient, or with SGD, it does so "
-        "less or not at all." + _unfinished("sign_map")
-    )
-
-
-def zoo() -> str:
-    """Whether closeness to FT goes with the score."""
-    found, said = table("adapter_zoo"), table("adapter_zoo_answer").set_index("measure")
-    best = found.sort_values("retrieval", ascending=False)
-    jobs = pd.DataFrame(about("adapter_zoo")["jobs"])
-    failed = jobs[jobs["error"].notna()] if "error" in jobs else jobs[:0]
-    refused = ", ".join(sorted(set(failed["method"])))
-    row = said.loc["distance"]
-    return (
-        f"No: over {int(row['methods'])} methods of PEFT the rank correlation of the distance from "
-        f"full fine-tuning with the score is {with_interval(row, 'rho', 'low', 'high')} (95%, "
-        "bootstrap over methods). None of the four measures by itself tells the score either: "
-        + ", ".join(
-            f"{words} {with_interval(said.loc[name], 'rho', 'low', 'high')}"
-            for name, words in (
-                ("r_layers", "r across layers"),
-                ("r_units", "r across units"),
-                ("radial_share", "radial share"),
-                ("log_ratio", "ΔM over ΔD"),
-            )
-        )
-        + f". Best at the task: {', '.join(best['method'][:4])}; FT {one(found, method='FT')['retrieval']:.3f}, "
-        f"last {best['method'].iloc[-1]} {best['retrieval'].iloc[-1]:.3f}."
-        + (f" Not measured: {refused} ({failed['error'].iloc[0].rstrip('.')})." if refused else "")
-    )  # fmt: skip
-
-
-def below() -> str:
-    """Heads and norms."""
-    found = table("heads_and_norms")
-
-    def r(method: str, part: str, scope: str) -> str:
-        return with_interval(one(found, method=method, part=part, scope=scope))
-
-    inside, every = "heads of one layer", "all heads or norms"
-    heads = "; ".join(
-        f"{method} {r(method, 'query heads', inside)} (query), {r(method, 'value heads', inside)} (value)"
-        for method in METHODS
-    )
-    norms = ", ".join(f"{method} {r(method, 'norms', every)}" for method in METHODS)
-    return (
-        "Yes, and heads show the finding more surely than matrices do. Across the heads inside a "
-        f"layer r is, with the paper's decay: {heads}. Norm weights, one vector each, change too, by "
-        f"far less, and decay does not reach them; r across them: {norms}."
-    )
-
-
-def ranks() -> str:
-    """Score and coupling against rank."""
-    found, pairs = table("rank"), table("rank_halved")
-    value = found[found["role"] == "value"].set_index(["method", "rank"])
-
-    def score(method: str, rank: int) -> str:
-        return f"{value.loc[(method, rank), 'score']:.3f}"
-
-    used = {method: value.loc[(method, 128), "effective_rank"] for method in ("LoRA", "DoRA")}
-    halves = pairs[pairs["lora_rank"] == 2 * pairs["dora_rank"]]
-    below = int((halves["high"] < 0).sum())
-    return (
-        f"Score against rank 2 → 128: LoRA {score('LoRA', 2)} → {score('LoRA', 128)}, DoRA "
-        f"{score('DoRA', 2)} → {score('DoRA', 128)}, FT {score('FT', 0)}. That is not the shape of "
-        "the paper's Table 15: under the paper's total decay, pressed into a short run, DoRA is "
-        f"below LoRA of the same rank, and below LoRA of twice its rank in {below} of "
-        f"{len(halves)} comparisons beyond the 95% interval (t over {int(pairs['seeds'].iloc[0])} "
-        "seeds); at no rank is it above. The coupling of the value matrices hardly depends on rank: "
-        f"LoRA {number(value.loc['LoRA', 'pearson'].min())} to {number(value.loc['LoRA', 'pearson'].max())}, "
-        f"DoRA {number(value.loc['DoRA', 'pearson'].min())} to {number(value.loc['DoRA', 'pearson'].max())}. "
-        f"At rank 128 LoRA's ΔW has an effective rank of {used['LoRA']:.0f}; DoRA's, whose "
-        f"magnitudes rescale W_0 whole, {used['DoRA']:.0f} of 384 at every rank."
-    )  # fmt: skip
-
-
-def merged() -> str:
-    """What merging changes and costs."""
-    found = table("merge")
-    worst = found.groupby("dtype", sort=False)["merged_from_adapted"].max()
-    differ = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
-    said = f"differ by at most {differ}"
-    if worst.max() == 0:
-        said = f"are equal to the last bit in {', '.join(map(str, worst.index))}"
-    rows = found.drop_duplicates("method").set_index("method")
-    times = ", ".join(
-        f"{method} {rows.loc[method, 'merged_latency']:.2f} "
-        f"(quartiles {rows.loc[method, 'merged_latency_low']:.2f} to "
-        f"{rows.loc[method, 'merged_latency_high']:.2f}; adapted {rows.loc[method, 'adapted_latency']:.2f})"
-        for method in ("LoRA", "DoRA")
-    )
-    return (
-        f"The outputs of merged and adapted models {said} (the adapted module's weight is W' itself); "
-        "modules and classes are those of the original model. Latency over that of the original "
-        f"model: {times}."
-    )
-
-
-def _unfinished(name: str, which: str = "") -> str:
-    cut = about(name).get("unfinished", [])
-    if not cut:
-        return ""
-    made = len(about(name)["jobs"])
-    return f" ({len(cut)} of {made + len(cut)} runs were cut off when the machine's time was up, and are left out{which}.)"
-
-
 ENTRIES: Final = (
     Entry(
         "reproduce", "Does the finding hold?",
         "Fine-tuned three ways from two starting points, five seeds each, 1,500 steps of batch 128: "
         "does ΔM fall with ΔD under FT and DoRA, and rise under LoRA?",
-        reproduced,
+        findings.reproduced,
         "ΔM against ΔD of MiniLM's query and value matrices, three panels each: FT's and DoRA's "
         "points fall, LoRA's rise on a line.",
         "python -m analyses.reproduce --seeds 5 --steps 1500 --batch-size 128 --held-out 1000 "
@@ -340,7 +66,7 @@ ENTRIES: Final = (
         "weight_decay", "Why: weight decay",
         "An intervention: the same fine-tuning with total decay Λ from 0 to 10%. Is it decay that "
         "sets the sign, and is the contrast of LoRA and DoRA left without it?",
-        decay,
+        findings.decay,
         "r against total decay for query and value: LoRA stays near +0.7 to +1, FT and DoRA go from "
         "near zero down as decay grows; signed ΔM lies on the predicted line for FT.",
         "python -m analyses.weight_decay --seeds 5 --steps 500 --batch-size 128 --held-out 1000 "
@@ -350,7 +76,7 @@ ENTRIES: Final = (
     Entry(
         "update_geometry", "LoRA's line is geometry",
         "Is LoRA's line what any update orthogonal to the weights gives?",
-        geometry,
+        findings.geometry,
         "ΔM/m against ΔD on logarithmic axes: LoRA on the orthogonal curve, FT and DoRA above it; "
         "the paper's LoRA points on the same curve; the radial share over training.",
         "python -m analyses.update_geometry --runs reproduction_minilm "
@@ -360,7 +86,7 @@ ENTRIES: Final = (
         "gradient_geometry", "DoRA's gradients",
         "Do Eq. 6, 7 and 11 hold, what does the projection do to the gradient's conditioning, and "
         "do scenarios S1 and S2 of Sec. 4.2 happen?",
-        gradients,
+        findings.gradients,
         "Four panels: errors of the equations near machine precision; share of the gradient along "
         "the weight; gain in participation ratio; r of the magnitude's gradient with ΔD.",
         "python -m analyses.gradient_geometry --batches 64",
@@ -369,7 +95,7 @@ ENTRIES: Final = (
         "sign_map", "When to expect which sign",
         "How do learning rate, rank, batch size, optimizer and the choice of checkpoints change the "
         "coupling, with the paper's decay and without?",
-        when,
+        findings.when,
         "A map of r: LoRA's columns are red throughout, FT's and DoRA's blue with decay and pale "
         "without.",
         "python -m analyses.sign_map --seeds 2 --steps 300 --batch-size 128 --held-out 1000 "
@@ -380,7 +106,7 @@ ENTRIES: Final = (
         "adapter_zoo", "The adapter zoo",
         "Every PEFT method on the same task: is one that moves more like full fine-tuning also "
         "better at the task?",
-        zoo,
+        findings.zoo,
         "Left, a map of 37 methods by r across units and radial share, coloured by score; right, "
         "score against distance from full fine-tuning, without a trend.",
         "python -m analyses.adapter_zoo --seeds 1 --steps 200 --batch-size 64 --held-out 1000 "
@@ -390,7 +116,7 @@ ENTRIES: Final = (
     Entry(
         "heads_and_norms", "Below and beyond matrices",
         "Can attention heads and layer norms be decomposed too, and do they show the finding?",
-        below,
+        findings.below,
         "ΔM/m against ΔD of heads and norms: FT's and DoRA's heads on level lines set by decay, "
         "LoRA's rising; norms scattered.",
         "python -m analyses.heads_and_norms --seeds 3 --steps 400 --batch-size 128 --held-out 1000 "
@@ -400,7 +126,7 @@ ENTRIES: Final = (
     Entry(
         "rank", "Rank and capacity",
         "Score, coupling and the directions that are really used, against rank.",
-        ranks,
+        findings.ranks,
         "Score against rank for LoRA and DoRA beside the paper's Table 15; coupling and effective "
         "rank against rank.",
         "python -m analyses.rank --seeds 3 --steps 400 --batch-size 128 --held-out 1000 "
@@ -410,7 +136,7 @@ ENTRIES: Final = (
     Entry(
         "merge", "Merging",
         "Does a merged adapter compute what the adapted model computes, and what does it cost?",
-        merged,
+        findings.merged,
         "Left, differences between merged and adapted outputs by dtype, at the dtype's precision; "
         "right, latency over the original model's.",
         "python -m analyses.merge",
@@ -421,12 +147,12 @@ ENTRIES: Final = (
 def cost(entry: Entry) -> str:
     """Runs, minutes they took together, and where."""
     if not entry.files:
-        made = about(entry.name)
+        made = findings.about(entry.name)
         return f"on {made['machine']}, torch {made['versions']['torch']}"
-    jobs = [job for name in entry.files for job in about(name)["jobs"]]
+    jobs = [job for name in entry.files for job in findings.about(name)["jobs"]]
     minutes = np.nansum([job.get("seconds") or np.nan for job in jobs]) / 60
     timed = sum(1 for job in jobs if job.get("seconds"))
-    made = about(entry.files[0])
+    made = findings.about(entry.files[0])
     took = (
         f", {timed} of them timed: {minutes:.0f} minutes of work, many at a time" if timed else ""
     )

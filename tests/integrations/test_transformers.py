@@ -245,13 +245,17 @@ def test_metrics_reach_every_logger_and_the_history(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_tensorboard_gets_them_with_no_extra_code(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_tensorboard_gets_them_with_no_extra_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorboard")
     accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
 
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     run = trainer(
         tmp_path, [RecorderCallback(["query"], every=2)], save_strategy="no",
-        report_to="tensorboard", logging_dir=str(tmp_path / "logs"),
+        report_to="tensorboard",
     )  # fmt: skip
     run.train()
     events = accumulator.EventAccumulator(str(tmp_path / "logs"))
