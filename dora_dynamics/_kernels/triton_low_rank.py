@@ -2,7 +2,9 @@
 
 e = s Σ (W_0 Aᵀ) ∘ B takes the product W_0 Aᵀ. A bfloat16 W_0 is multiplied by A split into three
 bfloat16 parts, whose products are exact in float32; other W_0 by three TF32 products. The tensor
-cores' own sums are cut after every tile, because they round towards zero. The products of rank
+cores' own sums are cut after every tile, because they round towards zero. Where float32 is too
+little (weights out of its range, an update almost along the weights) `triton_low_rank_again` sums
+again. The products of rank
 size, c = s² diag(B (A Aᵀ) Bᵀ), are float64, and so is a: DoRA's m is compared with √a, and that
 difference cancels.
 
@@ -23,6 +25,7 @@ import triton.language as tl
 
 from dora_dynamics._kernels import low_rank
 from dora_dynamics._kernels.sums import UnitSums, from_array, on_device, ratio, to_host
+from dora_dynamics._kernels.triton_low_rank_again import sum_again
 from dora_dynamics._kernels.triton_path import element_type
 
 if TYPE_CHECKING:
@@ -130,28 +133,19 @@ low_rank_kernel: Any = triton.jit(_low_rank_kernel)
 def sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
     """`low_rank.low_rank_sums` of updates on one device: one transfer, one wait.
 
-    Updates that the kernel was not made for, and those whose float32 sums cannot be believed
-    (weights out of its range; an update almost along the weights), go through `low_rank.plain`.
+    Updates that the kernel was not made for go through `low_rank.plain_sums`.
     """
     fit = [update for update in updates if fits(update)]
     fast: list[UnitSums] = []
-    all_believable = True
     if fit:
         sums, first_units = queue(fit)
         host = to_host(sums)()
-        all_believable = low_rank.is_believable(from_array(host))
         fast = [
             from_array(host[:, first : first + update.before.shape[0]])
             for first, update in zip(first_units, fit, strict=True)
         ]
     waiting = iter(fast)
-    found = []
-    for update in updates:
-        one = next(waiting) if fits(update) else None
-        if one is None or not (all_believable or low_rank.is_believable(one)):
-            one = low_rank.plain_sums(update)
-        found.append(one)
-    return found
+    return [next(waiting) if fits(one) else low_rank.plain_sums(one) for one in updates]
 
 
 def fits(update: LowRankUpdate) -> bool:
@@ -182,8 +176,10 @@ def queue(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, list[int]]:
             squares(some, starts, packed, sums)
             launch(kind, some, starts, packed, sums)
     a, e, c, P = sums
-    e *= on_device(np.repeat([update.scaling for update in updates], counts), device)
+    scalings = on_device(np.array([update.scaling for update in updates], np.float64), device)
+    e *= scalings.repeat_interleave(on_device(np.array(counts), device), output_size=len(e))
     torch.sub(c, ratio(e, a) * e, out=P).clamp_min_(0.0)
+    sum_again(updates, first_units, scalings, sums)
     return sums, first_units[:-1]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dora_dynamics._kernels import low_rank, triton_low_rank, triton_path
+from dora_dynamics._kernels.sums import LARGEST, SMALLEST
 from tests.kernels.cases import DTYPES, LAYOUTS, assert_sums, changed, difficult
 
 cuda: Any = torch.cuda
@@ -93,7 +94,54 @@ def low_rank_changes() -> None:
         assert bool(((P / reference.tangential_square - 1).abs() < 1e-6).all())
 
 
+def low_rank_changes_again() -> None:
+    """What float32 is too little for: updates along the weights, and weights out of its range."""
+    generator = torch.Generator().manual_seed(0)
+    updates, along = [], []
+    for dtype in (torch.float32, torch.float16):
+        w = changed((35, 150), dtype)[0]
+        A, B = torch.randn(4, 150, generator=generator), torch.randn(35, 4, generator=generator)
+        some = B.clone()
+        some[::3] = 0  # of these units d is a multiple of w_0, but for rounding in it
+        radial = torch.cat([1e-3 * w.float(), A])
+        scale = torch.zeros(35, 35)
+        scale[torch.arange(0, 35, 3), torch.arange(0, 35, 3)] = 1.0
+        along.append(low_rank.LowRankUpdate(w, radial, torch.cat([scale, some], 1), 0.5))
+        tiny = w * 1e-4 if dtype == torch.float16 else w * 1e-18
+        updates.append(low_rank.LowRankUpdate(tiny, A, B, 0.5))
+        columns = LAYOUTS["columns"](tiny)
+        updates.append(low_rank.LowRankUpdate(columns, A.T.contiguous().T, B, 2.0))
+    updates += along
+    bad = changed((20, 70), torch.float32)[0]
+    bad[3, 5], bad[4] = float("nan"), 0
+    A, B = torch.randn(2, 70, generator=generator), torch.randn(20, 2, generator=generator)
+    updates.append(low_rank.LowRankUpdate(bad, A, B, 1.0))
+    calls = count_calls(low_rank, "plain_sums")
+    sums, firsts = triton_low_rank.queue(updates)
+    assert not calls
+    found_again = 0
+    for update, first in zip(updates, firsts, strict=True):
+        reference = low_rank.plain_sums(update)
+        a, e, c, P = sums[:, first : first + len(update.before)]
+        close: dict[str, Any] = {"atol": 0.0, "equal_nan": True}
+        torch.testing.assert_close(a, reference.before_square, rtol=1e-6, **close)
+        torch.testing.assert_close(c, reference.update_square, rtol=1e-12, **close)
+        assert bool(
+            ((e - reference.dot).abs().nan_to_num() <= 1e-6 * (a * c).sqrt().nan_to_num()).all()
+        )
+        again = ~((a >= SMALLEST) & (a <= LARGEST) | (a == 0))
+        again |= ~(reference.tangential_square >= 0.4 * c)
+        found_again += int(again.sum())
+        torch.testing.assert_close(e[again], reference.dot[again], rtol=1e-11, **close)
+        P_again = reference.tangential_square[again]
+        noise = 1e-13 * c[again].nan_to_num(1.0)
+        assert bool((((P[again] - P_again).abs() <= noise) | P_again.isnan()).all())
+        assert torch.equal(P[again].isnan(), P_again.isnan())
+    assert found_again >= 2 * 35 + 2 * 12 + 1, found_again
+
+
 if __name__ == "__main__":
     dense()
     counts()
     low_rank_changes()
+    low_rank_changes_again()
