@@ -49,6 +49,28 @@ def test_observer_cost(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "observer_cost.svg").read_bytes() == drawn
 
 
+def test_what_is_measured_is_written_though_the_rest_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from analyses import observer_cost
+
+    measure = observer_cost.measure
+
+    def failing(setting: Any, *more: Any) -> Any:
+        if setting.place != "device":
+            raise RuntimeError("cut off")
+        return measure(setting, *more)
+
+    monkeypatch.setattr(observer_cost, "measure", failing)
+    with pytest.raises(RuntimeError, match="cut off"):
+        observer_cost.main([*QUICK, "--out", str(tmp_path)])
+    (path,) = (tmp_path / "analyses" / "results").glob("observer_cost_*.csv")
+    assert len(pd.read_csv(path)) == 1
+    on_gpu = observer_cost.settings("cuda", quick=False)
+    assert sum(setting.seconds for setting in on_gpu) <= 40
+
+
 def test_every_linear_weight_is_followed() -> None:
     """As many as there are linear layers, in either model; the classifier and pooler too."""
     pytest.importorskip("transformers")
