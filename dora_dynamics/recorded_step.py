@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from dora_dynamics import run_directory, snapshots
+from dora_dynamics import snapshots
 from dora_dynamics.trajectory import trajectory_row
 
 if TYPE_CHECKING:
@@ -45,10 +45,9 @@ class RecordedStep:
     effective: Mapping[str, EffectiveWeight]
     baseline: Mapping[str, Tensor] | None
 
-    def stored(self, directory: Path | None, keep: Collection[str]) -> list[dict[str, object]]:
-        """Wait for the changes; form the rows, and write them where there is a run."""
-        changes = self.finish()
-        rows = [
+    def rows(self, changes: Sequence[Measured]) -> list[dict[str, object]]:
+        """The rows of the table, one a site."""
+        return [
             trajectory_row(
                 site,
                 change.summary,
@@ -60,20 +59,20 @@ class RecordedStep:
             )
             for site, change in zip(self.sites, changes, strict=True)
         ]
-        if directory is not None:
-            if "weights" in keep:
-                if self.baseline is not None:
-                    snapshots.save_baseline(directory, self._by_site(self.baseline))
-                snapshots.save_weights(directory, self.step, self._by_site(self.effective))
-            if "units" in keep:
-                units = {
-                    site: change.units
-                    for site, change in zip(self.sites, changes, strict=True)
-                    if change.units is not None
-                }
-                snapshots.save_units(directory, self.step, units)
-            run_directory.append_rows(directory, rows)
-        return rows
+
+    def keep(self, directory: Path, kinds: Collection[str], changes: Sequence[Measured]) -> None:
+        """Write the files that are kept beside the table: of these kinds, "units" and "weights"."""
+        if "weights" in kinds:
+            if self.baseline is not None:
+                snapshots.save_baseline(directory, self._by_site(self.baseline))
+            snapshots.save_weights(directory, self.step, self._by_site(self.effective))
+        if "units" in kinds:
+            units = {
+                site: change.units
+                for site, change in zip(self.sites, changes, strict=True)
+                if change.units is not None
+            }
+            snapshots.save_units(directory, self.step, units)
 
     def _by_site(self, tensors: Mapping[str, T]) -> dict[Site, T]:
         return {site: tensors[site.tensor] for site in self.sites}

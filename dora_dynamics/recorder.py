@@ -8,7 +8,6 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,15 +19,17 @@ from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, common_method, follow
 from dora_dynamics.metrics import role_means
 from dora_dynamics.optimizers import StepDecay, settings, trains_any, unwrapped, was_skipped
+from dora_dynamics.recorded_rows import RecordedRows
 from dora_dynamics.recorded_step import RecordedStep
 from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
 from dora_dynamics.sharded import ShardingError
-from dora_dynamics.sharded.collectives import by_main_process, is_main_process
+from dora_dynamics.sharded.collectives import by_main_process
 from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import Site, find_sites
-from dora_dynamics.trajectory import to_table
+from dora_dynamics.snapshots import has_baseline
+from dora_dynamics.troubles import Troubles, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -53,6 +54,11 @@ class Recorder:
 
     A weight that trains is copied once, as baseline; a frozen weight below a LoRA or DoRA is not
     copied.
+
+    A failure of the recorder costs no training: what cannot be measured or written is warned of
+    once, and training goes on. Rows that the disk refuses (it is full, the folder was removed)
+    wait in memory and are written when it takes them. With a run directory, memory does not grow
+    with the steps.
 
     On a GPU a recorded step queues its measurement and waits for nothing: a thread forms the rows
     and writes them, a moment later, while training goes on. Whatever reads the rows waits for it.
@@ -87,6 +93,7 @@ class Recorder:
         hyperparameters: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         resume: int | Mapping[str, Any] | None = None,
+        strict: bool = False,
     ) -> None:
         """Take the baseline and, where a run directory is given, create it.
 
@@ -121,6 +128,7 @@ class Recorder:
                 after it are dropped. Make the recorder before the checkpoint is loaded into
                 the model, so that it finds the baseline there; later it needs the one that
                 `keep="weights"` kept.
+            strict: raise what goes wrong during training instead of warning of it.
 
         Warns:
             UserWarning: the base weights are quantised and `baseline` is not given.
@@ -134,7 +142,8 @@ class Recorder:
                 ZeRO-3), or `keep="weights"` is asked of one that is sharded.
             InputError: a target matches nothing; `every`, `axis`, `keep` or `baseline_place` is
                 not one of those above; the model mixes adapters and `method` is not given.
-            RunDirectoryError: `run_dir` already holds a run, or cannot be written.
+            RunDirectoryError: `run_dir` already holds a run, is being written by another process,
+                or cannot be written.
         """
         if axis not in AXES:
             raise InputError(f"axis must be 'output' or 'input', not {axis!r}.")
@@ -153,14 +162,15 @@ class Recorder:
         run_directory.as_json(dict(hyperparameters or {}), "hyperparameters")
         self._baseline = Baselines(model, self.sites, self._followed, baseline, baseline_place)
         self._decay = dict.fromkeys(self._followed, 0.0)
-        self._rows: list[dict[str, object]] = []
+        self._troubles = Troubles(are_fatal=strict)
+        self._rows = RecordedRows(self._troubles)
         self._last_recorded: int | None = None
         self._backlog = Backlog()
-        self._directory: Path | None = None
         self._folder = ""
         self._hooks: list[RemovableHandle] = []
         self._resumed: Progress | None = None
         self._counts_steps = True
+        self._is_lost = False
         self.run = self._name()
         self._info = RunInfo(
             run=self.run,
@@ -201,25 +211,23 @@ class Recorder:
         if resume is not None:
             progress = read_progress(run_dir, resume, self.sites)
             progress.check(self.sites, self.axis)
-            self._resumed = progress
+            self._resumed = progress.without_rows()
             self._check_baseline()
-            self.step, self._rows = progress.step, progress.rows
+            self.step = progress.step
             self._last_recorded, self._decay = progress.last_recorded, progress.total_decay
             self.run, self.method = progress.info.run, progress.info.method
             self._info = replace(
                 progress.info,
                 hyperparameters=progress.info.hyperparameters | self._info.hyperparameters,
             )
-            self._by_main_process(progress.truncate)
-            folder = progress.directory
+            self._rows.recall(progress.table)
+            self._by_main_process(partial(self._rows.resume, progress))
         else:
             folder = Path(run_dir)
-            self._by_main_process(partial(run_directory.create_run, folder, overwrite=overwrite))
+            self._by_main_process(partial(self._rows.begin, folder, overwrite=overwrite))
             self._folder = folder.resolve().name
             self.run = self._name()
             self._info = replace(self._info, run=self.run)
-        if is_main_process():
-            self._directory = folder
         self._write_info()
 
     def _by_main_process(self, action: Callable[[], object]) -> None:
@@ -244,14 +252,15 @@ class Recorder:
     def trajectory(self) -> pd.DataFrame:
         """The rows taken so far, as a table (see `trajectory.COLUMNS`)."""
         self._backlog.wait()
-        return to_table(self._rows)
+        self._troubles.tell()
+        return self._rows.table()
 
     @property
     def metrics(self) -> dict[str, float]:
         """The last recorded step as a few means over each role, as a trainer's log takes them."""
         self._backlog.wait()
-        latest = takewhile(lambda row: row["step"] == self._last_recorded, reversed(self._rows))
-        return role_means(latest)
+        latest = self._rows.latest
+        return role_means(row for row in latest if row["step"] == self._last_recorded)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for `resume=` to go on exactly; JSON values only.
@@ -259,6 +268,7 @@ class Recorder:
         The rows up to this step are written when it returns.
         """
         self._backlog.wait()
+        self._troubles.tell()
         return {"step": self.step, "total_decay": dict(self._decay)}
 
     @contextmanager
@@ -302,7 +312,8 @@ class Recorder:
         self._info.hyperparameters.update(settings(watched))
         self._write_info()
         self._counts_steps = count_steps
-        if self._last_recorded is None:
+        missed = self._resumed is not None and self._wanted(self.step)  # killed before it had rows
+        if self._last_recorded is None or missed:
             self.record()
         for optimizer in watched:
             self._hooks += [
@@ -333,10 +344,13 @@ class Recorder:
         self._let_go()
         try:
             if record:
-                self.record()
+                self._record_in_training()
                 self._report_quantization()
         finally:
             self._backlog.close()
+            self._rows.write()
+            self._rows.release()
+            self._troubles.tell(5)
 
     def _let_go(self) -> None:
         for hook in self._hooks:
@@ -347,7 +361,25 @@ class Recorder:
         """Take over the step of a loop that counts by itself, and record it when it is due."""
         self.step = step
         if self._wanted(step):
+            self._record_in_training()
+
+    def _record_in_training(self) -> None:
+        if self._is_lost:
+            return
+        with self._sparing_training("measuring", "the step is left out of the table"):
             self.record()
+        self._troubles.tell(6)
+
+    @contextmanager
+    def _sparing_training(self, kind: str, so: str) -> Iterator[None]:
+        """Let training go on where the recorder fails; processes must fail together, though."""
+        try:
+            yield
+        except Exception as error:
+            if self._baseline.is_sharded:
+                raise
+            message = f"at step {self.step} the recorder failed ({in_words(error)}): {so}."
+            self._troubles.note(kind, message, error)
 
     def record(self) -> None:
         """Take the rows of the present step now, whatever the schedule says.
@@ -364,7 +396,7 @@ class Recorder:
             keep_units="units" in self._keep,
             keep_weights="weights" in self._keep,
         )
-        keeps_baseline = "weights" in self._keep and self._last_recorded is None
+        keeps_baseline = "weights" in self._keep and not has_baseline(self._rows.directory)
         recorded = RecordedStep(
             step=self.step,
             run=self.run,
@@ -377,22 +409,47 @@ class Recorder:
         )
         self._last_recorded = self.step
         if self._baseline.is_on_gpu and not effective:
-            self._backlog.add(partial(self._store, recorded))
+            self._backlog.add(partial(self._store_beside_training, recorded))
         else:
             self._store(recorded)
 
+    def _store_beside_training(self, recorded: RecordedStep) -> None:
+        with self._sparing_training("measuring", f"step {recorded.step} is left out of the table"):
+            self._store(recorded)
+
     def _store(self, recorded: RecordedStep) -> None:
-        self._rows.extend(recorded.stored(self._directory, self._keep))
+        changes = recorded.finish()
+        if self._keep:
+            self._rows.write()
+            directory = self._rows.directory
+            if directory is not None:
+                try:
+                    recorded.keep(directory, self._keep, changes)
+                except OSError as error:
+                    what = " and ".join(sorted(self._keep))
+                    self._troubles.note(
+                        "keeping",
+                        f"the {what} of step {recorded.step} could not be kept in {directory}: "
+                        f"{in_words(error)}; its rows are recorded.",
+                        error,
+                    )
+        self._rows.add(recorded.rows(changes))
 
     def _before_step(self, *_: object) -> None:
-        self._baseline.before_step()
+        with self._sparing_training("baseline", "W_0 is lost, and nothing more is recorded"):
+            self._is_lost = True
+            self._baseline.before_step()
+            self._is_lost = False
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if was_skipped(optimizer):
             return
-        decay = StepDecay(optimizer)
-        for name, followed in self._followed.items():
-            self._decay[name] += decay.of(followed.magnitude())
+        added = dict.fromkeys(self._followed, math.nan)
+        with self._sparing_training("decay", "total_decay is not known from here on"):
+            decay = StepDecay(optimizer)
+            added = {name: decay.of(where.magnitude()) for name, where in self._followed.items()}
+        for name, share in added.items():
+            self._decay[name] += share
         if self._counts_steps:
             self.advance_to(self.step + 1)
 
@@ -407,7 +464,7 @@ class Recorder:
 
     def _settle_names(self) -> None:
         """Name the method by the adapters that the model has now, until a row carries the name."""
-        if self._given["method"] is None and not self._rows:
+        if self._given["method"] is None and self._rows.are_none:
             self.method = common_method(self._followed)
             self.run = self._name()
             self._info = replace(self._info, run=self.run, method=self.method)
@@ -425,8 +482,7 @@ class Recorder:
             warnings.warn(f"{report}, and is part of what is measured.", stacklevel=4)
 
     def _write_info(self) -> None:
-        if self._directory is not None:
-            run_directory.write_info(self._directory, self._info)
+        self._rows.describe(self._info)
 
 
 def _model_name(model: nn.Module) -> str:

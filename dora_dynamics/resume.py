@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dynamics.decomposition import magnitude
-from dora_dynamics.run_directory import (
-    TRAJECTORY_FILE,
-    RunDirectoryError,
-    RunInfo,
-    read_info,
-    read_run,
-)
+from dora_dynamics.run_directory import RunDirectoryError, RunInfo, read_info, read_run
+from dora_dynamics.run_files import TABLE_LIMIT, checked_path, opened
 from dora_dynamics.sharded import is_sharded
 from dora_dynamics.snapshots import load_baseline
+from dora_dynamics.trajectory_csv import TRAJECTORY_FILE, complete_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pandas as pd
     from torch import Tensor
     from torch.distributed.tensor import DTensor
 
@@ -42,20 +39,24 @@ class Progress:
         directory: the run directory.
         info: its `run.json`.
         step: optimizer steps done.
-        rows: its rows up to that step.
+        table: its rows up to that step; of a step whose rows are not all there, none.
         total_decay: Λ of each tensor at that step; NaN where it is not known.
     """
 
     directory: Path
     info: RunInfo
     step: int
-    rows: list[dict[str, object]]
+    table: pd.DataFrame
     total_decay: dict[str, float]
 
     @property
     def last_recorded(self) -> int | None:
         """The last step that has rows."""
-        return max((int(str(row["step"])) for row in self.rows), default=None)
+        return int(self.table["step"].max()) if len(self.table) else None
+
+    def without_rows(self) -> Progress:
+        """The same, but for the rows that say nothing new about W_0."""
+        return replace(self, table=self.table.drop_duplicates(["site", "head"]))
 
     def check(self, sites: Sequence[Site], axis: str) -> None:
         """Refuse to go on with other sites or another axis: one table holds one kind of row.
@@ -75,11 +76,10 @@ class Progress:
 
     def is_baseline(self, site: Site, mean: float) -> bool:
         """Whether the run's baseline has this mean magnitude at the site."""
-        known = {
-            float(str(row["magnitude_before"]))
-            for row in self.rows
-            if row["site"] == site.name and _same_head(row["head"], site.head)
-        }
+        of_site = self.table[self.table["site"] == site.name]
+        head = of_site["head"]
+        of_site = of_site[head.isna() if site.head is None else (head == site.head).fillna(False)]
+        known = of_site["magnitude_before"].unique()
         return all(
             math.isclose(mean, value, rel_tol=_SAME_MAGNITUDE) or math.isnan(value)
             for value in known
@@ -88,16 +88,27 @@ class Progress:
     def truncate(self) -> None:
         """Drop, on disk, what was recorded after the checkpoint."""
         file = self.directory / TRAJECTORY_FILE
-        header, *lines = csv.reader(io.StringIO(_complete_lines(file), newline=""))
-        step = header.index("step")
-        kept = [line for line in lines if int(line[step]) <= self.step]
+        last = -1 if self.last_recorded is None else self.last_recorded
         partial = file.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8", newline="") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([header, *kept])
+        partial.unlink(missing_ok=True)
+        with (
+            opened(self.directory, TRAJECTORY_FILE, TABLE_LIMIT) as old,
+            partial.open("x", encoding="utf-8", newline="") as new,
+        ):
+            lines = csv.reader(complete_lines(old), strict=True)
+            writer = csv.writer(new, lineterminator="\n")
+            header = next(lines)
+            writer.writerow(header)
+            step = header.index("step")
+            writer.writerows(line for line in lines if int(float(line[step])) <= last)
+            new.flush()
+            os.fsync(new.fileno())
         partial.replace(file)
         for kind in ("units", "weights"):
-            for path in (self.directory / kind).glob("step-*.safetensors"):
-                if int(path.stem.removeprefix("step-")) > self.step:
+            folder = checked_path(self.directory / kind, self.directory)
+            for path in folder.glob("step-*.safetensors"):
+                step_of_file = path.stem.removeprefix("step-")
+                if step_of_file.isdecimal() and int(step_of_file) > self.step:
                     path.unlink()
 
 
@@ -127,14 +138,17 @@ def read_progress(
         )
     table = read_run(run_dir)
     table = table[table["step"] <= step]
-    rows = [{str(k): v for k, v in row.items()} for row in table.to_dict(orient="records")]
     if decay is None:
         decay = {site.tensor: math.nan if step else 0.0 for site in sites}
         tensors = {site.name: site.tensor for site in sites}
-        for row in rows:
-            if row["step"] == step and row["site"] in tensors:
-                decay[tensors[str(row["site"])]] = float(str(row["total_decay"]))
-    return Progress(Path(run_dir), info, step, rows, decay)
+        at_step = table[table["step"] == step]
+        for name, total in zip(at_step["site"], at_step["total_decay"], strict=True):
+            if name in tensors:
+                decay[tensors[name]] = float(total)
+    last = table["step"] == table["step"].max()
+    if last.sum() < len(sites):  # the run was killed while it wrote them
+        table = table[~last]
+    return Progress(Path(run_dir), info, step, table.reset_index(drop=True), decay)
 
 
 def choose_baseline(
@@ -198,12 +212,3 @@ def _state(state: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
         raise TypeError(
             "resume is a mapping, but not one that recorder.state_dict() returned."
         ) from error
-
-
-def _same_head(recorded: object, head: int | None) -> bool:
-    return str(recorded) == str(head) if head is not None else str(recorded) in ("<NA>", "None")
-
-
-def _complete_lines(file: Path) -> str:
-    text = file.read_bytes()
-    return text[: text.rfind(b"\n") + 1].decode("utf-8")

@@ -1,44 +1,35 @@
 """A run on disk: `run.json` says what was run, `trajectory.csv` holds its rows.
 
 Rows are only ever appended, one write per recorded step, so that a killed run keeps every
-complete row; a last line that was cut short is left out when the table is read.
+complete row; a last line that was cut short is left out when the table is read. Both files are
+read strictly: a run directory may come from a stranger (see `run_files`).
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args
 
 import pandas as pd
 
-from dora_dynamics import provenance
+from dora_dynamics import provenance, trajectory_csv
 from dora_dynamics.decomposition import Axis
-from dora_dynamics.errors import InputError
-from dora_dynamics.trajectory import (
-    COLUMN_NAMES,
-    COLUMNS,
-    SCHEMA_VERSION,
-    TrajectoryError,
-    validate,
-)
+from dora_dynamics.run_files import INFO_LIMIT, TABLE_LIMIT, checked_path, opened
+from dora_dynamics.run_files import RunDirectoryError as RunDirectoryError
+from dora_dynamics.schedule import Keep
+from dora_dynamics.trajectory import SCHEMA_VERSION, TrajectoryError
+from dora_dynamics.trajectory_csv import TRAJECTORY_FILE as TRAJECTORY_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 RUN_FILE: Final = "run.json"
-TRAJECTORY_FILE: Final = "trajectory.csv"
 
 StrPath = str | os.PathLike[str]
-
-
-class RunDirectoryError(InputError):
-    """A run directory cannot be read or must not be written; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +85,8 @@ _JSON_KINDS: Final[dict[str, type | tuple[type, ...]]] = {
     "created": str,
 }
 """What each entry of `run.json` can be."""
+_OF_TEXT: Final = ("targets", "sites", "keep")
+"""The entries that are lists of text."""
 
 
 def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
@@ -107,24 +100,44 @@ def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
         f"{directory} already holds a run: choose another folder, or pass overwrite=True to "
         "replace it."
     )
-    if (directory / RUN_FILE).exists() and not overwrite:
+    if not overwrite and _holds_a_run(directory):
         raise holds_a_run
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / TRAJECTORY_FILE).open(
-            "w" if overwrite else "x", encoding="utf-8", newline=""
-        )
-        with file:
-            csv.writer(file, lineterminator="\n").writerow(COLUMN_NAMES)
-    except OSError as error:
-        if (directory / TRAJECTORY_FILE).exists() and not overwrite:
+        for kept in ("units", "weights"):
+            checked_path(directory / kept, directory)
+        for name in (TRAJECTORY_FILE, RUN_FILE, f"{RUN_FILE}.partial"):
+            (directory / name).unlink(missing_ok=True)  # a link, not what it leads to
+        with (directory / TRAJECTORY_FILE).open("xb") as file:
+            file.write(trajectory_csv.header())
+    except FileExistsError:
+        if directory.is_dir():
             raise holds_a_run from None
+        raise RunDirectoryError(f"cannot write to {directory}: it is no folder.") from None
+    except OSError as error:
         raise RunDirectoryError(f"cannot write to {directory}: {error.strerror}.") from error
     for kept in ("units", "weights"):
         for pattern in ("*.safetensors", "*.partial", ".tmp*"):  # a killed run leaves the latter
             for old in (directory / kept).glob(pattern):
                 old.unlink()
     return directory
+
+
+def _holds_a_run(directory: Path) -> bool:
+    """Whether there is something to lose: a `run.json`, or a table of more than its header.
+
+    A run that was killed while its folder was made leaves less.
+    """
+    table = directory / TRAJECTORY_FILE
+    try:
+        if os.path.lexists(directory / RUN_FILE):
+            return True
+        return os.path.lexists(table) and not (
+            table.stat().st_size <= len(trajectory_csv.header())
+            and trajectory_csv.header().startswith(table.read_bytes())
+        )
+    except OSError:
+        return False  # then it cannot be written either, which is said when that is tried
 
 
 def as_json(content: object, what: str) -> str:
@@ -143,18 +156,21 @@ def write_info(directory: Path, info: RunInfo) -> None:
     """Write `run.json`, whole or not at all."""
     text = as_json(asdict(info), RUN_FILE)
     partial = directory / f"{RUN_FILE}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(directory / RUN_FILE)
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+        partial.replace(directory / RUN_FILE)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def append_rows(directory: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Append rows to `trajectory.csv` in one write that reaches the disk before it returns."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    for row in rows:
-        writer.writerow([_cell(row[name]) for name in COLUMN_NAMES])
+    content = trajectory_csv.formatted(rows)
     with (directory / TRAJECTORY_FILE).open("ab") as file:
-        file.write(buffer.getvalue().encode())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -167,11 +183,18 @@ def read_info(path: StrPath) -> RunInfo:
     """
     file = Path(path) / RUN_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        with opened(Path(path), RUN_FILE, INFO_LIMIT) as stream:
+            text = stream.read(INFO_LIMIT + 1).decode("utf-8")
+        content = json.loads(text, parse_constant=_no_number)
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # no half characters
+    except RunDirectoryError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RunDirectoryError(f"{path} is not a run directory: it has no {RUN_FILE}.") from error
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{file} cannot be read: {error}.") from error
+    except OSError as error:
+        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise RunDirectoryError(f"{file} cannot be read: {_one_line(error)}.") from error
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise RunDirectoryError(
             f"{file} is not of schema version {SCHEMA_VERSION}: record the run again, or read it "
@@ -182,11 +205,35 @@ def read_info(path: StrPath) -> RunInfo:
     if missing:
         raise RunDirectoryError(f"{file} lacks {', '.join(missing)}.")
     for name, kind in _JSON_KINDS.items():
-        if not isinstance(content[name], kind):
-            raise RunDirectoryError(f"{file}: {name!r} cannot be {content[name]!r}.")
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            raise _impossible(file, name, content[name])
+    for name in _OF_TEXT:
+        if not all(isinstance(element, str) for element in content[name]):
+            raise _impossible(file, name, content[name])
+    if not all(isinstance(version, str) for version in content["versions"].values()):
+        raise _impossible(file, "versions", content["versions"])
+    if not set(content["keep"]) <= set(get_args(Keep)):
+        raise _impossible(file, "keep", content["keep"])
+    if type(content["schema_version"]) is not int:
+        raise _impossible(file, "schema_version", content["schema_version"])
     if content["axis"] not in get_args(Axis):
-        raise RunDirectoryError(f"{file} names an unknown axis: {content['axis']!r}.")
+        raise RunDirectoryError(f"{file} names an unknown axis: {content['axis'][:80]!r}.")
     return RunInfo(**{name: content[name] for name in names})
+
+
+def _impossible(file: Path, name: str, value: object) -> RunDirectoryError:
+    shown = repr(value)
+    return RunDirectoryError(
+        f"{file}: {name!r} cannot be {shown if len(shown) < 100 else shown[:100] + '…'}."
+    )
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_run(path: StrPath) -> pd.DataFrame:
@@ -200,47 +247,20 @@ def read_run(path: StrPath) -> pd.DataFrame:
     """
     file = Path(path) / TRAJECTORY_FILE
     try:
-        content = file.read_bytes()
-    except FileNotFoundError as error:
+        with opened(Path(path), TRAJECTORY_FILE, TABLE_LIMIT) as stream:
+            return trajectory_csv.parsed(stream)
+    except RunDirectoryError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RunDirectoryError(
             f"{path} is not a run directory: it has no {TRAJECTORY_FILE}."
         ) from error
     except OSError as error:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
-    complete = content[: content.rfind(b"\n") + 1]
-    try:
-        return validate(_parsed(complete.decode("utf-8")))
     except TrajectoryError as error:
         raise TrajectoryError(f"{file}: {error}") from error
     except (ValueError, csv.Error) as error:
-        raise RunDirectoryError(f"{file} is not a trajectory: {error}.") from error
-
-
-def _parsed(text: str) -> pd.DataFrame:
-    """The table in CSV text, numbers read exactly as they were written."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = next(reader, None)
-    if header is None:
-        raise ValueError("it is empty")
-    rows: list[list[str]] = []
-    for row in reader:
-        if len(row) != len(header):
-            raise ValueError(
-                f"line {reader.line_num} has {len(row)} fields where the header has {len(header)}"
-            )
-        rows.append(row)
-    table = pd.DataFrame(rows, columns=header, dtype=str)
-    for column in COLUMNS:
-        if column.kind != "text" and list(table.columns).count(column.name) == 1:
-            table[column.name] = [_number(value, column.name) for value in table[column.name]]
-    return table
-
-
-def _number(text: str, column: str) -> float:
-    try:
-        return float(text) if text else math.nan
-    except ValueError:
-        raise TrajectoryError(f"column {column!r} must hold numbers, not {text!r}.") from None
+        raise RunDirectoryError(f"{file} is not a trajectory: {_one_line(error)}.") from error
 
 
 def load_runs(paths: StrPath | Iterable[StrPath]) -> pd.DataFrame:
@@ -279,10 +299,3 @@ def load_runs(paths: StrPath | Iterable[StrPath]) -> pd.DataFrame:
             table["run"] = Path(path).as_posix()
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def _cell(value: object) -> object:
-    """A value as it stands in the file: shortest text that reads back equal, "" where missing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return repr(float(value)) if isinstance(value, float) else value

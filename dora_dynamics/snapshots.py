@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,7 +27,7 @@ from dora_dynamics.sites import Site
 from dora_dynamics.trajectory import to_table, trajectory_row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -37,6 +38,11 @@ BASELINE_FILE: Final = "baseline.safetensors"
 _BY_COLUMN: Final = "by_column"
 """Entry of a file's metadata: the matrices to lay column by column again when they are read."""
 _UNIT_ARRAYS: Final = tuple(f.name for f in fields(UnitChange))
+
+
+def has_baseline(directory: Path | None) -> bool:
+    """Whether W_0 is kept there already; nothing is to be kept where there is no directory."""
+    return directory is None or (directory / "weights" / BASELINE_FILE).exists()
 
 
 def save_baseline(directory: Path, baselines: Mapping[Site, Tensor]) -> None:
@@ -72,10 +78,7 @@ def save_units(directory: Path, step: int, units: Mapping[Site, UnitChange]) -> 
         for name in _UNIT_ARRAYS
     }
     path = _step_file(directory, "units", step)
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    safetensors.numpy.save_file(arrays, partial)
-    partial.replace(path)
+    _write(path, partial(safetensors.numpy.save_file, arrays))
 
 
 def load_units(path: StrPath, step: int) -> dict[str, UnitChange]:
@@ -185,15 +188,28 @@ def _step_file(directory: Path, kind: str, step: int) -> Path:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
     owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(
-        {name: tensor.contiguous() for name, tensor in owned.items()},
-        partial,
-        metadata | {_BY_COLUMN: json.dumps([name for name in owned if _is_by_column(owned[name])])},
-    )
-    partial.replace(path)
+    metadata |= {_BY_COLUMN: json.dumps([name for name in owned if _is_by_column(owned[name])])}
+    contiguous = {name: tensor.contiguous() for name, tensor in owned.items()}
+    _write(path, partial(safetensors.torch.save_file, contiguous, metadata=metadata))
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    """Let `save` write a file, whole or not at all.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    unfinished.unlink(missing_ok=True)
+    try:
+        save(unfinished)
+        unfinished.replace(path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

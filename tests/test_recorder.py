@@ -633,7 +633,7 @@ class TestRunDirectory:
         first = dd.Recorder(model, TARGETS, run_dir=tmp_path, keep=["units", "weights"])
         first.record()
         kept = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-        assert len(kept) == 5
+        assert len(kept) == 5 + 1  # and the lock, while it is recorded
         with pytest.raises(RunDirectoryError, match=r"already holds a run: .* overwrite=True"):
             dd.Recorder(model, TARGETS, run_dir=tmp_path)
         assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == kept
@@ -641,6 +641,7 @@ class TestRunDirectory:
             (tmp_path / left).touch()
         dd.Recorder(model, TARGETS, run_dir=tmp_path, overwrite=True)
         assert len(read_run(tmp_path)) == 0
+        del first
         files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
         assert files == {"run.json", "trajectory.csv"}
 
@@ -724,7 +725,7 @@ class TestBesideTraining:
         with recorder.attach(optimizer):
             train(model, optimizer, 3)
             assert recorder.step == 3
-            assert not recorder._rows
+            assert recorder._rows.are_none
             gate.set()
             recorder.state_dict()
             assert len(dd.load_runs([tmp_path / "beside"])) == 4 * 4
@@ -738,14 +739,15 @@ class TestBesideTraining:
         assert recorder.trajectory.equals(plain.trajectory)
         assert dd.load_runs([tmp_path / "beside"]).equals(plain.trajectory)
 
-    def test_what_goes_wrong_there_is_raised(
+    def test_what_goes_wrong_there_is_raised_where_it_is_strict(
         self, gate: threading.Event, tiny_transformer: Build, train: Train, tmp_path: Path
     ) -> None:
         model = tiny_transformer()
-        recorder = dd.Recorder(model, TARGETS, every=1, run_dir=tmp_path / "run")
+        run = tmp_path / "run"
+        recorder = dd.Recorder(model, TARGETS, every=1, run_dir=run, strict=True)
         optimizer = adamw(model)
         with pytest.raises(FileNotFoundError), recorder.attach(optimizer):  # noqa: PT012
-            shutil.rmtree(tmp_path / "run")
+            shutil.rmtree(run)
             gate.set()
             train(model, optimizer, 2)
         assert not recorder.is_attached

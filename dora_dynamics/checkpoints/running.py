@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
-from dora_dynamics import run_directory
+from dora_dynamics import run_directory, run_lock
 from dora_dynamics.checkpoints.errors import CheckpointError
-from dora_dynamics.run_directory import RUN_FILE, TRAJECTORY_FILE, RunInfo
+from dora_dynamics.run_directory import (
+    RUN_FILE,
+    TRAJECTORY_FILE,
+    RunDirectoryError,
+    RunInfo,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from dora_dynamics.checkpoints.plan import Plan
@@ -31,13 +37,20 @@ class Output:
         self._directory = directory
         self._is_new = is_new
         self._made = made
+        self._unlock: Callable[[], object] = lambda: None
 
     @classmethod
     def begin(cls, path: Path, info: RunInfo, *, overwrite: bool) -> Output:
         """A new run directory with its `run.json`."""
         made = next((p for p in [path, *path.parents][::-1] if not p.exists()), None)
-        directory = run_directory.create_run(path, overwrite=overwrite)
+        unlock = _lock(path)
+        try:
+            directory = run_directory.create_run(path, overwrite=overwrite)
+        except BaseException:
+            unlock()
+            raise
         output = cls(directory, is_new=True, made=made)
+        output._unlock = weakref.finalize(output, unlock)
         with output.guarded():
             run_directory.write_info(directory, info)
         return output
@@ -63,6 +76,7 @@ class Output:
             )
         groups = _complete(run_directory.read_run(path), plan)
         output = cls(path, is_new=False, made=None)
+        output._unlock = weakref.finalize(output, _lock(path))
         with output.guarded():
             _rewrite(path, [row for group in groups for row in group])
             run_directory.write_info(path, info)
@@ -103,10 +117,20 @@ class Output:
         """Leave nothing behind where not one checkpoint was completed."""
         if not self._is_new:
             return
+        self._unlock()
         for name in (TRAJECTORY_FILE, RUN_FILE, f"{RUN_FILE}.partial"):
             (self._directory / name).unlink(missing_ok=True)
         if self._made is not None and not any(p.is_file() for p in self._made.rglob("*")):
             shutil.rmtree(self._made, ignore_errors=True)
+
+
+def _lock(path: Path) -> Callable[[], object]:
+    """The lock of a run directory, which is made where there is none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return run_lock.hold(path)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write to {path}: {error.strerror}.") from error
 
 
 def _complete(table: pd.DataFrame, plan: Plan) -> list[list[Row]]:

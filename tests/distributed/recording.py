@@ -27,7 +27,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 import dora_dynamics as dd
+from dora_dynamics.recorded_rows import RecordedRows
 from dora_dynamics.trajectory import COLUMNS
+from dora_dynamics.troubles import Troubles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -189,15 +191,15 @@ def largest_collective(recorder: dd.Recorder) -> tuple[int, int]:
 
     dist.all_reduce = counting
     _ = recorder.trajectory  # on a GPU rows come a moment later: this waits for them
-    recorder._last_recorded, directory = -1, recorder._directory
-    rows, recorder._directory = list(recorder._rows), None
+    recorder._last_recorded = -1
+    rows, recorder._rows = recorder._rows, RecordedRows(Troubles(are_fatal=True))
     try:
         with CommDebugMode() as traffic:
             recorder.record()
         _ = recorder.trajectory
     finally:
         dist.all_reduce = original
-    recorder._rows, recorder._directory = rows, directory
+    recorder._rows = rows
     assert traffic.get_total_counts() == len(counted), traffic.get_comm_counts()
     return len(counted), sum(counted)
 

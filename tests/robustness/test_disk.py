@@ -1,0 +1,258 @@
+"""What the disk refuses: training goes on as if nobody watched, and no row is lost."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import pytest
+import torch
+
+import dora_dynamics as dd
+from dora_dynamics.baseline import Baselines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import nn
+
+    Build = Callable[..., nn.Module]
+    Train = Callable[..., list[float]]
+
+TARGETS = ["query", "value"]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+@pytest.fixture
+def unwatched(tiny_transformer: Build, train: Train) -> list[float]:
+    torch.manual_seed(0)
+    model = tiny_transformer()
+    return train(model, optimizer_of(model), 6)
+
+
+@pytest.fixture
+def uninterrupted(tiny_transformer: Build, train: Train) -> pd.DataFrame:
+    torch.manual_seed(0)
+    model = tiny_transformer()
+    recorder = dd.Recorder(model, TARGETS, every=1, run="run")
+    optimizer = optimizer_of(model)
+    with recorder.attach(optimizer):
+        train(model, optimizer, 6)
+    return recorder.trajectory
+
+
+@pytest.fixture(params=["beside training", "in training"])
+def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a thread writes, and as on a CPU."""
+    if request.param == "beside training":
+        monkeypatch.setattr(Baselines, "is_on_gpu", property(lambda _: True))
+
+
+def watched(
+    model: nn.Module,
+    train: Train,
+    run: Path,
+    events: dict[int, Callable[[], object]],
+    **options: Any,
+) -> tuple[dd.Recorder, list[float], list[str]]:
+    """Trains; after these steps, these things happen. The losses, and what was warned of."""
+    torch.manual_seed(0)
+    recorder = dd.Recorder(model, TARGETS, every=1, run_dir=run, **options)
+    optimizer = optimizer_of(model)
+
+    def happen(step: int) -> None:
+        if step in events:
+            recorder.state_dict()  # what a thread writes is written
+            events[step]()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with recorder.attach(optimizer):
+            losses = train(model, optimizer, 6, after_step=happen)
+    return recorder, losses, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.usefixtures("beside")
+class TestFullDisk:
+    @pytest.mark.parametrize("room", [0, 1, 700, 3000])
+    def test_rows_wait_until_there_is_room(
+        self,
+        room: int,
+        tmp_path: Path,
+        tiny_transformer: Build,
+        train: Train,
+        unwatched: list[float],
+        uninterrupted: pd.DataFrame,
+    ) -> None:
+        run = tmp_path / "run"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        held: list[int] = []
+
+        def fill() -> None:
+            size = (run / "trajectory.csv").stat().st_size + room
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+        def empty() -> None:
+            held.append(len(dd.load_runs(run)))  # as another reader sees it: whole steps
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        try:
+            recorder, losses, said = watched(tiny_transformer(), train, run, {2: fill, 5: empty})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert losses == unwatched
+        assert len(said) == 1
+        assert f"cannot write to {run}: File too large; training goes on" in said[0]
+        assert 3 * 4 <= held[0] < 6 * 4
+        assert held[0] % 4 == 0
+        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        pd.testing.assert_frame_equal(dd.load_runs(run), uninterrupted, check_exact=True)
+
+    def test_that_stays_full_leaves_all_rows_in_memory(
+        self,
+        tmp_path: Path,
+        tiny_transformer: Build,
+        train: Train,
+        unwatched: list[float],
+        uninterrupted: pd.DataFrame,
+    ) -> None:
+        run = tmp_path / "run"
+        model = tiny_transformer()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit: Any = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))  # noqa: E731
+        try:
+            recorder, losses, said = watched(model, train, run, {1: limit})
+            assert len(said) == 1
+            pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert losses == unwatched
+        assert len(dd.load_runs(run)) == 2 * 4
+        recorder.step += 1
+        recorder.record()
+        recorder.state_dict()
+        assert len(dd.load_runs(run)) == 8 * 4
+
+    def test_kept_files_are_missed_and_that_is_said(
+        self, tmp_path: Path, tiny_transformer: Build, train: Train, uninterrupted: pd.DataFrame
+    ) -> None:
+        run = tmp_path / "run"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def fill() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+
+        def empty() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        try:
+            recorder, _, said = watched(
+                tiny_transformer(), train, run, {2: fill, 4: empty}, keep=["units", "weights"]
+            )
+        finally:
+            empty()
+        assert sorted(message.split()[0] for message in said) == ["cannot", "the"]
+        assert any("units and weights of step 3 could not be kept" in message for message in said)
+        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        kept = sorted(path.name for path in (run / "units").iterdir())
+        assert kept == [f"step-{step}.safetensors" for step in (0, 1, 2, 5, 6)]
+        assert dd.load_units(run, 5)
+
+    def test_strict_raises(self, tmp_path: Path, tiny_transformer: Build, train: Train) -> None:
+        run = tmp_path / "run"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit: Any = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))  # noqa: E731
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                watched(tiny_transformer(), train, run, {1: limit}, strict=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("beside")
+class TestRemovedFolder:
+    def test_is_made_again_with_all_rows(
+        self,
+        tmp_path: Path,
+        tiny_transformer: Build,
+        train: Train,
+        unwatched: list[float],
+        uninterrupted: pd.DataFrame,
+    ) -> None:
+        run = tmp_path / "run"
+        recorder, losses, said = watched(
+            tiny_transformer(), train, run, {3: lambda: shutil.rmtree(run)}
+        )
+        assert losses == unwatched
+        assert said == [
+            f"{run} was removed while it was recorded: it was made again with all its rows, "
+            "without the units and weights that were kept."
+        ]
+        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        pd.testing.assert_frame_equal(dd.load_runs(run), uninterrupted, check_exact=True)
+        assert sorted(path.name for path in run.iterdir()) == ["run.json", "trajectory.csv"]
+
+    def test_is_made_again_when_it_can_be(
+        self,
+        tmp_path: Path,
+        tiny_transformer: Build,
+        train: Train,
+        unwatched: list[float],
+        uninterrupted: pd.DataFrame,
+    ) -> None:
+        """A disk that goes and comes back: the parent is away for two steps."""
+        run = tmp_path / "disk" / "run"
+        recorder, losses, said = watched(
+            tiny_transformer(),
+            train,
+            run,
+            {3: lambda: shutil.rmtree(run.parent), 5: run.parent.mkdir},
+        )
+        assert losses == unwatched
+        assert len(said) == 1
+        assert "No such file or directory; training goes on" in said[0]
+        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        pd.testing.assert_frame_equal(dd.load_runs(run), uninterrupted, check_exact=True)
+
+    def test_another_run_in_its_place_is_left_alone(
+        self,
+        tmp_path: Path,
+        tiny_transformer: Build,
+        train: Train,
+        unwatched: list[float],
+        uninterrupted: pd.DataFrame,
+    ) -> None:
+        run = tmp_path / "run"
+
+        def replaced() -> None:
+            shutil.rmtree(run)
+            dd.Recorder(tiny_transformer(), ["key"], run_dir=run, run="other").record()
+
+        recorder, losses, said = watched(tiny_transformer(), train, run, {3: replaced})
+        assert losses == unwatched
+        assert len(said) == 1
+        assert "another run was begun there; training goes on" in said[0]
+        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        assert list(dd.load_runs(run)["role"]) == ["key"] * 2
+
+    def test_rows_outlive_a_temporary_folder(
+        self, tmp_path: Path, tiny_transformer: Build, train: Train, uninterrupted: pd.DataFrame
+    ) -> None:
+        run = tmp_path / "run"
+        recorder, _, said = watched(tiny_transformer(), train, run, {})
+        shutil.rmtree(run)
+        assert not said
+        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        assert not run.exists()
+
+    def test_strict_raises(self, tmp_path: Path, tiny_transformer: Build, train: Train) -> None:
+        run = tmp_path / "run"
+        with pytest.raises(FileNotFoundError, match="the run directory was removed"):
+            watched(tiny_transformer(), train, run, {3: lambda: shutil.rmtree(run)}, strict=True)
