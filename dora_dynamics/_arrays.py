@@ -6,15 +6,23 @@ nothing here waits for them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed.tensor import DTensor
 
 Array: TypeAlias = Any
 """A float64 (or boolean) array of numpy, or tensor of torch on any device."""
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor; no tensor can be one before that module is imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def library_of(array: Array) -> Any:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import torch
 
+from dora_dynamics._arrays import is_sharded
 from dora_dynamics.effective import Dense, EffectiveWeight, NoDenseWeightError, version_of
 from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
 from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, follow
 from dora_dynamics.measurement import Measurement
-from dora_dynamics.sharded import Adapted, ShardingError, is_sharded
+from dora_dynamics.sharded import Adapted, ShardingError
 from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import find_sites
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dora_dynamics._arrays import Array, library_of
+from dora_dynamics._arrays import Array, is_sharded, library_of
 from dora_dynamics._kernels import (
     LowRankUpdate,
     Transfer,
@@ -23,7 +23,7 @@ from dora_dynamics.decomposition import (
     weight_change,
 )
 from dora_dynamics.effective import Dense
-from dora_dynamics.sharded import Adapted, is_sharded
+from dora_dynamics.sharded import Adapted
 from dora_dynamics.unit_arithmetic import MEASURES, rescaled, unit_arrays
 from dora_dynamics.unit_batches import Ranges, batched_sums, length, positions
 from dora_dynamics.unit_summary import UnitSummary, finished

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_dynamics._arrays import is_sharded
 from dora_dynamics.decomposition import magnitude
 from dora_dynamics.run_directory import RunDirectoryError, RunInfo, read_info, read_run
 from dora_dynamics.run_files import TABLE_LIMIT, checked_path, opened
-from dora_dynamics.sharded import is_sharded
 from dora_dynamics.snapshots import load_baseline
 from dora_dynamics.trajectory_csv import TRAJECTORY_FILE, complete_lines
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+from dora_dynamics.diagnosis import phrases
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -11,6 +15,17 @@ if TYPE_CHECKING:
     from dora_dynamics.diagnosis.rules import Placement, Statement, Verdict
 
 Confidence = Literal["high", "moderate", "low", "none"]
+
+_WIDTH: Final = 96
+_MEANS: Final = {
+    "LoRA-like": "the magnitude changes as the update changes, as in LoRA",
+    "FT-like": "the magnitude changes apart from the direction, as in full fine-tuning",
+    "between": "between LoRA and full fine-tuning",
+    "neither": "unlike both references",
+    "decay": "ΔM is the work of weight decay; it says nothing of the method",
+    "undecided": "these runs do not tell",
+    "not enough data": "there is nothing to decide on",
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,38 @@ class Diagnosis:
     error_level: float
 
     def __str__(self) -> str:
-        from dora_dynamics.diagnosis.wording import in_words
+        return _in_words(self)
 
-        return in_words(self)
+
+def _in_words(diagnosis: Diagnosis) -> str:
+    """The whole diagnosis, as `print` shows it."""
+    lines = [
+        f"{diagnosis.method}: {diagnosis.verdict} ({_MEANS[diagnosis.verdict]}).",
+        _how_sure(diagnosis),
+    ]
+    for title, sentences in (
+        ("Found", diagnosis.found),
+        ("To try", diagnosis.advice),
+        ("Mind", diagnosis.warnings),
+    ):
+        if sentences:
+            lines.append(f"{title}:")
+            lines += [
+                textwrap.fill(s, _WIDTH, initial_indent="- ", subsequent_indent="  ")
+                for s in sentences
+            ]
+    return "\n".join(lines)
+
+
+def _how_sure(diagnosis: Diagnosis) -> str:
+    basis = (
+        f"{phrases.count(diagnosis.layers, 'layer')}, {phrases.count(diagnosis.runs, 'run')}, "
+        f"{phrases.count(len(diagnosis.steps), 'checkpoint')}"
+    )
+    if diagnosis.confidence == "none":
+        return f"Confidence: none, from {basis}."
+    p = "" if math.isnan(diagnosis.p_value) else f"p {phrases.p_value(diagnosis.p_value)}, "
+    return (
+        f"Confidence: {diagnosis.confidence} ({p}from {basis}; false statements in at most "
+        f"{diagnosis.error_level:.0%} of such diagnoses)."
+    )

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from dora_dynamics.diagnosis.phrases import count, p_value
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from dora_dynamics.diagnosis.material import Material
-    from dora_dynamics.diagnosis.result import Diagnosis
     from dora_dynamics.diagnosis.rules import Placement, Statement, Verdict
-
-_WIDTH: Final = 96
-_MEANS: Final = {
-    "LoRA-like": "the magnitude changes as the update changes, as in LoRA",
-    "FT-like": "the magnitude changes apart from the direction, as in full fine-tuning",
-    "between": "between LoRA and full fine-tuning",
-    "neither": "unlike both references",
-    "decay": "ΔM is the work of weight decay; it says nothing of the method",
-    "undecided": "these runs do not tell",
-    "not enough data": "there is nothing to decide on",
-}
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ def _origin(facts: Facts) -> str:
     holding = [statement for statement in facts.statements if statement.holds]
     if not holding:
         return f"No statement about the origin of ΔM holds at the {facts.error_level:.0%} level."
-    text = f"{holding[0].text} (p {_p(holding[0].p_adjusted)})."
+    text = f"{holding[0].text} (p {p_value(holding[0].p_adjusted)})."
     if holding[0].mechanism == "decay":
         total = float(facts.material.own["total_decay"].max())
         share = facts.measure("decay share")[0]
@@ -155,51 +144,9 @@ def advice(facts: Facts) -> tuple[str, ...]:
     return tuple(tips)
 
 
-def in_words(diagnosis: Diagnosis) -> str:
-    """The whole diagnosis, as `print` shows it."""
-    lines = [
-        f"{diagnosis.method}: {diagnosis.verdict} ({_MEANS[diagnosis.verdict]}).",
-        _how_sure(diagnosis),
-    ]
-    for title, sentences in (
-        ("Found", diagnosis.found),
-        ("To try", diagnosis.advice),
-        ("Mind", diagnosis.warnings),
-    ):
-        if sentences:
-            lines.append(f"{title}:")
-            lines += [
-                textwrap.fill(s, _WIDTH, initial_indent="- ", subsequent_indent="  ")
-                for s in sentences
-            ]
-    return "\n".join(lines)
-
-
-def _how_sure(diagnosis: Diagnosis) -> str:
-    basis = (
-        f"{_count(diagnosis.layers, 'layer')}, {_count(diagnosis.runs, 'run')}, "
-        f"{_count(len(diagnosis.steps), 'checkpoint')}"
-    )
-    if diagnosis.confidence == "none":
-        return f"Confidence: none, from {basis}."
-    p = "" if math.isnan(diagnosis.p_value) else f"p {_p(diagnosis.p_value)}, "
-    return (
-        f"Confidence: {diagnosis.confidence} ({p}from {basis}; false statements in at most "
-        f"{diagnosis.error_level:.0%} of such diagnoses)."
-    )
-
-
 def _interval(value: float, low: float, high: float, form: str) -> str:
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def _p(value: float) -> str:
-    return f"= {value:.1g}" if value >= 1e-4 else "< 0.0001"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
 def _are(number: int, word: str) -> str:
-    return f"{'is' if number == 1 else 'are'} {_count(number, word)}"
+    return f"{'is' if number == 1 else 'are'} {count(number, word)}"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
+from dora_dynamics._arrays import is_sharded
 from dora_dynamics.effective.quantized import dequantized_module, is_quantized
 from dora_dynamics.effective.weights import NoDenseWeightError
-from dora_dynamics.sharded.holding import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

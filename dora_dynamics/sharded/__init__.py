@@ -16,4 +16,3 @@ from __future__ import annotations
 
 from dora_dynamics.sharded.holding import Adapted as Adapted
 from dora_dynamics.sharded.holding import ShardingError as ShardingError
-from dora_dynamics.sharded.holding import is_sharded as is_sharded

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from dora_dynamics._arrays import is_sharded
 from dora_dynamics.sharded.collectives import device_of, told
-from dora_dynamics.sharded.holding import ShardingError, held, is_sharded, placed
+from dora_dynamics.sharded.holding import ShardingError, held, placed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dora_dynamics._arrays import is_sharded
 from dora_dynamics._kernels import LowRankUpdate, UnitSums, dense_sums_of_all, low_rank_sums_of_all
 from dora_dynamics._kernels.sums import TANGENTIAL_SHARE, from_array
 from dora_dynamics.decomposition import UnitChange, _rescale, unit_change
@@ -26,7 +27,6 @@ from dora_dynamics.sharded.holding import (
     blocks,
     extent,
     held,
-    is_sharded,
     same_place,
 )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from dora_dynamics._arrays import is_sharded
 from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,12 +54,6 @@ class Block:
     row: int
     unit: int
     columns: NDArray[np.intp]
-
-
-def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor; no tensor can be one before that module is imported."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def held(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

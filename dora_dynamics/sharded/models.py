@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from dora_dynamics.sharded.holding import ShardingError, is_sharded
+from dora_dynamics._arrays import is_sharded
+from dora_dynamics.sharded.holding import ShardingError
 
 if TYPE_CHECKING:
     from torch import nn
