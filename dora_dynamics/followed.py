@@ -80,6 +80,35 @@ class Followed:
         return stored is not None and not stored.requires_grad
 
 
+class MagnitudeParameters:
+    """`Followed.magnitude` of each tensor, remembered from step to step: to look costs more.
+
+    One is looked up again where it got no gradient though it trained, or trains though it was
+    frozen: an adapter was switched or merged. `forget` has all looked up again.
+    """
+
+    def __init__(self, followed: Mapping[str, Followed]) -> None:
+        """Remember nothing yet of these tensors."""
+        self._followed = followed
+        self._known: dict[str, tuple[Tensor, bool]] = {}
+
+    def forget(self) -> None:
+        """Look all of them up again, the next time."""
+        self._known.clear()
+
+    def of(self, name: str) -> Tensor | None:
+        """The parameter of the tensor of that name, after an optimizer's step."""
+        known = self._known.get(name)
+        if known is not None:
+            parameter, frozen = known
+            if not parameter.requires_grad if frozen else parameter.grad is not None:
+                return parameter
+        found = self._followed[name].magnitude()
+        if found is not None:
+            self._known[name] = found, not found.requires_grad
+        return found
+
+
 def follow(model: nn.Module, sites: Iterable[Site]) -> dict[str, Followed]:
     """The tensors behind `sites`, each once, by `Site.tensor`."""
     return {

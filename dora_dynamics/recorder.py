@@ -16,7 +16,7 @@ from dora_dynamics.backlog import Backlog
 from dora_dynamics.baseline import Baselines, CapturedBaseline, Place
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
-from dora_dynamics.followed import Followed, common_method, follow
+from dora_dynamics.followed import Followed, MagnitudeParameters, common_method, follow
 from dora_dynamics.metrics import role_means
 from dora_dynamics.optimizers import StepDecay, settings, trains_any, unwrapped, was_skipped
 from dora_dynamics.recorded_rows import RecordedRows
@@ -157,6 +157,7 @@ class Recorder:
         self._followed: dict[str, Followed] = follow(model, self.sites)
         self.method = method or common_method(self._followed)
         self.step = 0
+        self._magnitudes = MagnitudeParameters(self._followed)
         self._wanted = schedule(every)
         self._keep = kept_kinds(keep)
         run_directory.as_json(dict(hyperparameters or {}), "hyperparameters")
@@ -304,6 +305,7 @@ class Recorder:
         expose(self._model)
         watched = [unwrapped(optimizer) for optimizer in optimizers]
         self._followed = follow(self._model, self.sites)
+        self._magnitudes = MagnitudeParameters(self._followed)
         self._check_kept()
         self._baseline.settle(self._followed)
         self._check_baseline()
@@ -388,6 +390,7 @@ class Recorder:
         """
         if self._last_recorded == self.step:
             return
+        self._magnitudes.forget()
         if self._baseline.is_sharded:
             expose(self._model)
         finish, effective = self._baseline.queue(
@@ -447,7 +450,7 @@ class Recorder:
         added = dict.fromkeys(self._followed, math.nan)
         with self._sparing_training("decay", "total_decay is not known from here on"):
             decay = StepDecay(optimizer)
-            added = {name: decay.of(where.magnitude()) for name, where in self._followed.items()}
+            added = {name: decay.of(self._magnitudes.of(name)) for name in self._followed}
         for name, share in added.items():
             self._decay[name] += share
         if self._counts_steps:

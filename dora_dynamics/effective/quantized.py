@@ -105,6 +105,11 @@ def dequantized_module(module: nn.Module) -> nn.Linear:
     return linear
 
 
+def has_dequantizer(module: nn.Module) -> bool:
+    """Whether a dequantizer is registered for the class of the module or one of its bases."""
+    return bool(_dequantizers) and _registered(module) is not None
+
+
 def _registered(module: nn.Module) -> Callable[[nn.Module], Tensor] | None:
     return next((_dequantizers[cls] for cls in type(module).__mro__ if cls in _dequantizers), None)
 

@@ -13,7 +13,12 @@ from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
 from dora_dynamics.effective import peft_layers
 from dora_dynamics.effective.private_copy import private_copy, undisturbed
 from dora_dynamics.effective.probe import close, probed_weight, sample_input
-from dora_dynamics.effective.quantized import dequantized, is_quantized, quantization_of
+from dora_dynamics.effective.quantized import (
+    dequantized,
+    has_dequantizer,
+    is_quantized,
+    quantization_of,
+)
 from dora_dynamics.effective.registry import registered_function
 from dora_dynamics.effective.weights import Dense, EffectiveWeight, LowRank, NoDenseWeightError
 
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KNOWN: Final = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OWN: Final = {"weight", "bias"}
 _FORWARDS: Final = frozenset(known.forward for known in _KNOWN)
 
 
@@ -53,6 +59,9 @@ def effective_weight(module: nn.Module, parameter: str = "weight") -> EffectiveW
     Raises:
         NoDenseWeightError: there is no dense weight to follow; the message says why.
     """
+    plain = _of_torch(module, parameter)
+    if plain is not None:
+        return Dense(plain.detach())
     module = peft_layers.resolved(module)
     if parameter == "weight" and registered_function(module) is None:
         if peft_layers.is_tuner_layer(module):
@@ -71,6 +80,9 @@ def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     Raises:
         NoDenseWeightError: as `effective_weight`.
     """
+    plain = _of_torch(module, parameter)
+    if plain is not None:
+        return plain.detach()
     module = peft_layers.resolved(module)
     function = registered_function(module)
     if function is not None and parameter == "weight":
@@ -98,6 +110,9 @@ def stored_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | N
     model, and what it computes is W_0), in a quantised layer, below an adapter that is merged, in
     a module of a user's own.
     """
+    plain = _of_torch(module, parameter)
+    if plain is not None:
+        return plain
     base = peft_layers.original(module)
     if registered_function(base) is not None:
         return None
@@ -147,6 +162,9 @@ def magnitude_parameter(module: nn.Module, parameter: str = "weight") -> Tensor 
 
     None where that is not known.
     """
+    plain = _of_torch(module, parameter)
+    if plain is not None:
+        return plain
     module = peft_layers.resolved(module)
     is_adapted = peft_layers.is_tuner_layer(module) and parameter != "bias"
     if is_adapted and not peft_layers.adds_to_base(module):
@@ -201,6 +219,23 @@ def _parametrized(module: nn.Module, parameter: str) -> Tensor:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _of_torch(module: nn.Module, parameter: str) -> nn.Parameter | None:
+    """The weight of one of torch's own layers as torch makes them, None of all else.
+
+    Asked first, because it is most that is ever read, several times a recorded step: torch's very
+    class, with its weight and bias and nothing beside them, and no function registered for it.
+    """
+    if type(module) not in _KNOWN or parameter != "weight" or module._buffers or module._modules:
+        return None
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
+        return None
+    if weight.is_quantized or not module._parameters.keys() <= _OWN:
+        return None
+    is_registered = has_dequantizer(module) or registered_function(module) is not None
+    return None if is_registered else weight
 
 
 def _is_plain(module: nn.Module) -> bool:

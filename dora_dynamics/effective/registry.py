@@ -50,4 +50,6 @@ def register_effective_weight(
 
 def registered_function(module: nn.Module) -> Callable[[nn.Module], Tensor] | None:
     """The function registered for the class of `module`, or for the nearest of its bases."""
+    if not _functions:
+        return None
     return next((_functions[cls] for cls in type(module).__mro__ if cls in _functions), None)
