@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from analyses.performance import version
+from analyses._tables import version
 from dora_dynamics.provenance import machine, versions
 
 if TYPE_CHECKING:

@@ -213,7 +213,7 @@ def table_of(kind: str, found: dict[int, list[float]]) -> pd.DataFrame:
 
 def draw(tables: Sequence[pd.DataFrame]) -> Figure:
     """One row of panels per machine, one panel per growth, with its line."""
-    figure = Figure(figsize=(10.0, 0.3 + 2.3 * len(tables)), layout="constrained")
+    figure = Figure(figsize=(10.0, 0.3 + 2.5 * len(tables)), layout="constrained")
     rows = figure.subplots(len(tables), len(UNITS), squeeze=False)
     for table, panels in zip(tables, rows, strict=True):
         for panel, (kind, unit) in zip(panels, UNITS.items(), strict=True):
@@ -227,12 +227,13 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
             line = first["intercept_ms"] + first["slope_ms"] * points["size"]
             panel.plot(size, line, color="#D55E00", lw=1)
             fit = f"R² {first['r_squared']:.4f}, exponent {first['exponent']:.2f}"
-            panel.set_title(fit, fontsize=8, loc="left")
+            machine = f"{first['machine']}\n" if panel is panels[0] else ""
+            panel.set_title(machine + fit, fontsize=8, loc="left")
             panel.set(ylim=(0, None), xlim=(0, None))
             panel.set_xlabel(unit, fontsize=8)
             panel.tick_params(labelsize=7)
             panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylabel(f"{table['machine'].iloc[0]}\nms", fontsize=8)
+        panels[0].set_ylabel("ms", fontsize=8)
     return figure
 
 

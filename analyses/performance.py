@@ -12,16 +12,12 @@ are those of W_0. "To host" is wall time until all numbers are in host memory; o
 are device time, ours through a captured graph, so that gaps between launches do not count.
 
 Writes analyses/results/performance_<machine>.csv, and figures/performance.{png,svg} from the
-tables of all machines found there.
+tables of all machines found there; `--redraw` only draws.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -29,8 +25,8 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from analyses import _tables
 from analyses._performance import (
-    SEED,
     Case,
     cpu_ways,
     exact,
@@ -41,12 +37,12 @@ from analyses._performance import (
     weights,
 )
 from dora_dynamics.plotting import save
-from dora_dynamics.provenance import machine, versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LLAMA_LAYER: Final = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+NAME: Final = "performance"
 LIMITS: Final = ("read", "copy")
 CACHE: Final = 1 << 28
 """Bytes of data below which a bandwidth measured over them may be a cache's."""
@@ -133,7 +129,7 @@ def measure(case: Case, device: str, rounds: int, limit: float) -> pd.DataFrame:
 
 
 def draw(tables: Sequence[pd.DataFrame]) -> Figure:
-    """One panel per machine: the fraction of bandwidth of each way, and the contract's targets."""
+    """One panel per machine: the fraction of bandwidth of each way, and what is asked for."""
     colours = {"naive": "#999999", "naive, float64": "#cccccc"}
     heights = [len(table) for table in tables]
     figure = Figure(figsize=(7.5, 0.6 + 0.2 * sum(heights)), layout="constrained")
@@ -150,53 +146,36 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
             panel.annotate(
                 f"{fraction:.2f}{said}", (end, y), (5, 0), textcoords="offset points",
                 va="center", fontsize=7,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
         panel.set_yticks(at, table["case"] + ": " + table["path"], fontsize=7)
         panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
-        panel.set(xlim=(0, 1.5), ylim=(len(table) - 0.5, -0.5))
+        panel.set(xlim=(0, 1.75), ylim=(len(table) - 0.5, -0.5))
         panel.set_title(table["machine"].iloc[0], fontsize=9, loc="left")
-    panels[-1].set_xlabel("fraction of measured bandwidth (orange: what the contract asks for)")
+    panels[-1].set_xlabel("fraction of measured bandwidth (orange: what is asked for)")
     return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, writes the table and the figure, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m analyses.performance")
-    parser.add_argument("--quick", action="store_true", help="tiny weights, to see that it runs")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--rounds", type=int, default=15, help="timings of each way")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder to write in (default: .)")
-    options = parser.parse_args(argv)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-    tables: list[pd.DataFrame] = []
-    limit = 0.0
-    for case in cases(device, options.quick):
-        table = measure(case, device, 2 if options.quick else options.rounds, limit)
-        limit = limit or 1e9 * float(table["limit_gb_per_s"].iloc[0])
-        tables.append(table)
-        shown = ["case", "path", "median_ms", "spread", "fraction", "target"]
-        shown += ["times_naive", "times_naive_float64", "extra_mb", "relative_error"]
-        print(table[shown].to_string(index=False, float_format="{:.3g}".format), flush=True)
-    found = versions() | {"numba": version("numba"), "triton": version("triton")}
-    table = pd.concat(tables, ignore_index=True)
-    table = table.assign(machine=machine(), seed=SEED, versions=json.dumps(found))
-
-    results = options.out / "analyses" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    kind = torch.cuda.get_device_name() if device == "cuda" else f"cpu-{platform.machine()}"
-    name = f"performance_{kind.lower().replace(' ', '-')}.csv"
-    table.to_csv(results / name, index=False, float_format="%.6g")
-    stored = [pd.read_csv(path) for path in sorted(results.glob("performance_*.csv"))]
-    save(draw([t[~t["path"].isin(LIMITS)] for t in stored]), options.out / "figures/performance")
-
-
-def version(package: str) -> str:
-    """The version of an optional package, "" where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    options = _tables.parsed(parser, argv)
+    if not options.redraw:
+        tables: list[pd.DataFrame] = []
+        limit = 0.0
+        rounds = 2 if options.quick else options.rounds
+        for case in cases(options.device, options.quick):
+            table = measure(case, options.device, rounds, limit)
+            limit = limit or 1e9 * float(table["limit_gb_per_s"].iloc[0])
+            tables.append(table)
+            shown = ["case", "path", "median_ms", "spread", "fraction", "target"]
+            shown += ["times_naive", "times_naive_float64", "extra_mb", "relative_error"]
+            text = table[shown].to_string(index=False, float_format="{:.3g}".format)
+            print(text, flush=True)
+        _tables.write(NAME, pd.concat(tables, ignore_index=True), options)
+    stored = [t[~t["path"].isin(LIMITS)] for t in _tables.stored(NAME, options.out)]
+    save(draw(stored), options.out / "figures" / NAME)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
-from analyses import answers, architecture_table, support_table, walkthrough
+from analyses import answers, architecture_table, speed_tables, support_table, walkthrough
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,6 +146,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "architectures": architecture_table.table,
     "checkpoints": checkpoints,
     "peft": support_table.table,
+    "speed": speed_tables.block,
     "walkthrough": walkthrough.block,
 }
 

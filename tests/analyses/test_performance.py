@@ -21,3 +21,7 @@ def test_quick_run_writes_table_and_figure(tmp_path: Path) -> None:
     assert (table["relative_error"].dropna() < 1e-6).all()
     assert (tmp_path / "figures" / "performance.png").stat().st_size > 0
     assert (tmp_path / "figures" / "performance.svg").stat().st_size > 0
+
+    drawn = (tmp_path / "figures" / "performance.svg").read_bytes()
+    performance.main(["--redraw", "--out", str(tmp_path)])
+    assert (tmp_path / "figures" / "performance.svg").read_bytes() == drawn

@@ -1,0 +1,275 @@
+"""The tables of README.md's "How fast", from the result files of the recipes that measure speed.
+
+Each part reads the tables of all machines that are stored; where there are none it says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pandas as pd
+
+from analyses import _tables
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+RESULTS: Final = Path(__file__).parent / "results"
+OVER_FLOAT64: Final = 25.0
+"""Times the naive way in float64 that the whole model in one go is to be faster."""
+OVER_BUILT: Final = 5.0
+"""Times that a low-rank change is to be measured faster than by building W'."""
+PAPER_SAVINGS: Final = {"LLaMA-7B": -0.244, "VL-BART": -0.124}
+"""What the detached norm saves of the memory of training, by Sec. 4.3 of the paper."""
+STRAIGHT: Final = 0.995
+"""R² from which growth is called a straight line."""
+GROWTHS: Final = {
+    "parameters": "parameters",
+    "sites": "weights",
+    "rank": "rank",
+    "steps": "recorded steps",
+}
+
+
+def block(results: Path = RESULTS) -> str:
+    """All tables of the section."""
+    parts = (kernels, low_rank, observer, adapters, merged, growth)
+    return "\n\n".join(part(results) for part in parts)
+
+
+def kernels(results: Path) -> str:
+    """Dense weights: the fraction of bandwidth, and the ratio to both naive ways."""
+    title = "**Reading weights** (`python -m analyses.performance`)"
+    table = stored("performance", results)
+    if table.empty:
+        return missing(title)
+    ours = table[(table["rank"] == 0) & ~table["path"].str.startswith(("naive", "copy", "read"))]
+    chosen = ours[ours["target"].notna()]
+    missed = [
+        f"{row['case']} with {row['path']} on {row['device']} ({row['fraction']:.2f})"
+        for row in records(chosen[chosen["fraction"] < chosen["target"]])
+    ]
+    whole = chosen[(chosen["case"] == "LLaMA-7B, bf16") & (chosen["path"] == "triton")]
+    missed += [
+        f"{row['case']} on {row['device']} ({row['times_naive_float64']:.1f} times naive in "
+        f"float64, asked for {OVER_FLOAT64:.0f})"
+        for row in records(whole[whole["times_naive_float64"] < OVER_FLOAT64])
+    ]
+    narrow = ours[ours["case"].str.match(r"(384×384|768×768)")]
+    missed += [
+        f"{row['case']} with {row['path']} on {row['device']} ({row['times_naive']:.2f} times "
+        "naive, asked for 1)"
+        for row in records(narrow[narrow["times_naive"] < 1])
+    ]
+    rows = [
+        [
+            *(row["device"], row["case"], row["path"], f"{row['fraction']:.2f}"),
+            "" if pd.isna(row["target"]) else f"{row['target']:.2f}",
+            *(ratio(row["times_naive"]), ratio(row["times_naive_float64"])),
+        ]
+        for row in records(pd.concat([chosen, narrow]).sort_index())
+    ]
+    heads = ["device", "weights", "path", "of bandwidth", "asked for", "× naive"]
+    return "\n\n".join([title, markdown([*heads, "× naive in float64"], rows), misses(missed)])
+
+
+def low_rank(results: Path) -> str:
+    """Low-rank changes: the ratio to building W' first, and the memory of both."""
+    title = "**LoRA and DoRA without building W'** (the same command)"
+    table = stored("performance", results)
+    if table.empty or not (table["path"] == "low rank").any():
+        return missing(title)
+    rows, missed = [], []
+    for (device, case), group in groups(table[table["rank"] > 0], "device", "case"):
+        ways = {row["path"]: row for row in group}
+        found = ways["low rank"]
+        names = ["built, then triton", "naive", "naive, float64"]
+        times = {n: ways[n]["median_ms"] / found["median_ms"] for n in names if n in ways}
+        fastest = min(times.values())
+        if fastest < OVER_BUILT:
+            missed.append(f"{case} on {device} ({fastest:.1f})")
+        built = min(ways[name]["extra_mb"] for name in times)
+        if found["extra_mb"] > built:
+            missed.append(f"{case} on {device} (more memory)")
+        memory = [f"{megabytes:.0f}" for megabytes in (found["extra_mb"], built)]
+        rows.append(
+            [device, case, *(ratio(times[n]) if n in times else "" for n in names), *memory]
+        )
+    heads = ["device", "weights", "× built, our kernel", "× built, naive"]
+    heads += ["× built, naive in float64", "MB more", "MB more, built"]
+    said = f"Asked for: {OVER_BUILT:.0f} times the fastest way that builds W', in less memory. "
+    return "\n\n".join([title, markdown(heads, rows), said + misses(missed)])
+
+
+def observer(results: Path) -> str:
+    """What recording costs the training."""
+    title = "**Recording every linear weight** (`python -m analyses.observer_cost`)"
+    table = stored("observer_cost", results)
+    if table.empty:
+        return missing(title)
+    rows, missed = [], []
+    for row in records(table):
+        name = f"{row['model']}, {row['batch']}×{row['sequence']}"
+        place = _tables.PLACES[row["place"]]
+        memory = f"{row['copied_mb']:.0f}" + (
+            f" ({row['mapped_mb']:.0f} mapped)" if row["mapped_mb"] else ""
+        )
+        share = f"{percent(row['share'])} [{percent(row['share_low'])}, "
+        share += f"{percent(row['share_high'])}]"
+        asked = "" if pd.isna(row["target"]) else percent(row["target"])
+        rows.append(
+            [
+                *(row["device"], name, row["method"], place, share, asked),
+                *(f"{100 * row['share_every_100']:.2g}%", memory),
+            ]
+        )
+        if row["share"] > row["target"]:
+            missed.append(f"{name} on {row['device']} ({percent(row['share'])})")
+        if pd.notna(row["target"]) and row["share_every_100"] > 0.001:
+            missed.append(
+                f"{name} on {row['device']}, every 100th step "
+                f"({100 * row['share_every_100']:.2g}%, asked for 0.1%)"
+            )
+    heads = ["device", "model", "training", "W₀", "of a step's time", "asked for"]
+    heads += ["every 100th step", "MB copied"]
+    return "\n\n".join([title, markdown(heads, rows), misses(missed)])
+
+
+def adapters(results: Path) -> str:
+    """What adapters cost while they train, ours beside PEFT's, and what detaching saves."""
+    title = "**Adapters while they train** (`python -m analyses.adapter_cost`)"
+    table = stored("adapter_cost", results)
+    if table.empty:
+        return missing(title)
+    rows, savings, missed, beside = [], [], [], []
+    trained = table[~table["merged"] & (table["by"] != "original")]
+    for (device, model), group in groups(trained, "device", "model"):
+        on_gpu = all(pd.notna(row["peak_mb"]) for row in group)
+        memory = "peak_mb" if on_gpu else "kept_mb"
+        for row in group:
+            held = f"{row[memory]:.0f}" + ("" if on_gpu else " (kept for backward)")
+            times = [f"{row[name]:.1f}" for name in ("forward_ms", "backward_ms")]
+            rows.append([device, model, row["variant"], *times, held])
+        ways = {row["variant"]: row for row in group}
+        detached, exact = ways["DoRA detached, ours"], ways["DoRA exact, ours"]
+        saved = [detached[name] / exact[name] - 1 for name in (memory, "backward_ms")]
+        savings.append(
+            f"{'peak' if on_gpu else 'kept'} memory by {signed(saved[0])} and backward's time by "
+            f"{signed(saved[1])} ({model}, {device})"
+        )
+        for method in ("LoRA", "DoRA detached"):
+            ours, peft = ways[f"{method}, ours"], ways.get(f"{method}, PEFT")
+            if peft is not None:
+                time, other = (w["forward_ms"] + w["backward_ms"] for w in (ours, peft))
+                beside.append(
+                    f"{method} {time / other:.2f} of the time and "
+                    f"{ours[memory] / peft[memory]:.2f} of the memory ({model}, {device})"
+                )
+        if saved[0] > max(PAPER_SAVINGS.values()):
+            missed.append(f"{model} on {device}")
+    paper = " and ".join(f"{signed(saving)} ({name})" for name, saving in PAPER_SAVINGS.items())
+    said = f"Of PEFT's, ours take: {'; '.join(beside)}. " if beside else ""
+    said += f"Detaching the norm changes {'; '.join(savings)}. The paper reports {paper} of memory"
+    said += f": not reached for {'; '.join(missed)}." if missed else "."
+    heads = ["device", "model", "adapter", "forward, ms", "backward, ms", "peak MB"]
+    return "\n\n".join([title, markdown(heads, rows), said])
+
+
+def merged(results: Path) -> str:
+    """Latency after merging, over the original model's."""
+    title = "**Merged** (the same command)"
+    table = stored("adapter_cost", results)
+    if table.empty:
+        return missing(title)
+    chosen = table[table["merged"]]
+    rows, missed = [], []
+    for row in records(chosen):
+        interval = f"{row['latency_ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+        rows.append([row["device"], row["model"], row["by"], interval])
+        if row["by"] == "ours" and not row["ratio_low"] <= 1 <= row["ratio_high"]:
+            missed.append(f"{row['model']} on {row['device']} ({row['latency_ratio']:.3f})")
+    said = "Asked for: 1 between the quartiles. " + misses(missed)
+    heads = ["device", "model", "merged by", "latency / original [quartiles]"]
+    return "\n\n".join([title, markdown(heads, rows), said])
+
+
+def growth(results: Path) -> str:
+    """How time grows: how straight the line, and the exponent of a power law."""
+    title = "**Growth** (`python -m analyses.growth`)"
+    table = stored("growth", results)
+    if table.empty:
+        return missing(title)
+    rows, missed = [], []
+    for (device, kind), group in groups(table, "device", "growth"):
+        first, sizes = group[0], [row["size"] for row in group]
+        straight, exponent = first["r_squared"], first["exponent"]
+        ends = f"{min(sizes):,} to {max(sizes):,}"
+        rows.append([device, GROWTHS[kind], ends, f"{straight:.4f}", f"{exponent:.2f}"])
+        if straight < STRAIGHT:
+            missed.append(f"{GROWTHS[kind]} on {device} ({straight:.3f})")
+    said = f"Asked for: straight lines, R² at least {STRAIGHT}. {misses(missed)} The exponent is "
+    said += "of the sizes from a tenth of the largest on: below 1 where a fixed cost still counts."
+    heads = ["device", "time against", "from, to", "R² of a straight line", "exponent"]
+    return "\n\n".join([title, markdown(heads, rows), said])
+
+
+def stored(name: str, results: Path) -> pd.DataFrame:
+    """The tables of a recipe of all machines, one below the other, `device` short for the machine.
+
+    Empty where there are none.
+    """
+    files = sorted(results.glob(f"{name}_*.csv"))
+    if not files:
+        return pd.DataFrame()
+    tables = []
+    for file in files:
+        table = pd.read_csv(file)
+        on_cpu = file.stem.startswith(f"{name}_cpu")
+        pattern = r"(\d+ cores)" if on_cpu else r"NVIDIA (\w+)"
+        device = ("CPU, " if on_cpu else "") + table["machine"].str.extract(pattern, expand=False)
+        tables.append(table.assign(device=device))
+    return pd.concat(tables, ignore_index=True)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows, by column."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def groups(table: pd.DataFrame, *by: str) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """Rows that agree in columns of text, in the table's order: what they agree in, and them."""
+    for keys, group in table.groupby([*by], sort=False):
+        yield [str(key) for key in keys], records(group)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def misses(missed: Sequence[str]) -> str:
+    """What misses what was asked for, in a sentence."""
+    return f"Misses: {'; '.join(missed)}." if missed else "Nothing here misses what was asked for."
+
+
+def missing(title: str) -> str:
+    """That there is no table yet."""
+    return f"{title}: not measured yet."
+
+
+def ratio(times: float) -> str:
+    """A ratio: to a tenth below 10, in full above."""
+    return f"{times:.0f}" if times >= 10 else f"{times:.1f}"
+
+
+def percent(share: float) -> str:
+    """A share in percent."""
+    return f"{100 * share:.1f}%"
+
+
+def signed(share: float) -> str:
+    """A change in percent, with its sign; none that rounds to zero."""
+    text = f"{100 * share:+.1f}%".replace("-", "−")
+    return text[1:] if text in ("+0.0%", "−0.0%") else text
