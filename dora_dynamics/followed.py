@@ -98,11 +98,11 @@ class MagnitudeParameters:
 
     def of(self, name: str) -> Tensor | None:
         """The parameter of the tensor of that name, after an optimizer's step."""
-        known = self._known.get(name)
-        if known is not None:
-            parameter, frozen = known
-            if not parameter.requires_grad if frozen else parameter.grad is not None:
-                return parameter
+        parameter, frozen = self._known.get(name, (None, False))
+        if parameter is not None and (
+            not parameter.requires_grad if frozen else parameter.grad is not None
+        ):
+            return parameter
         found = self._followed[name].magnitude()
         if found is not None:
             self._known[name] = found, not found.requires_grad

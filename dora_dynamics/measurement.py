@@ -286,6 +286,8 @@ def _comparable(before: Tensor, after: Tensor) -> bool:
 
 def _span(sites: Sequence[Site]) -> Site:
     """The smallest range of rows that holds all of these sites of one matrix, as a site."""
+    if len(sites) == 1 and sites[0].rows is None:
+        return sites[0]
     if any(site.rows is None for site in sites):
         return replace(sites[0], rows=None)
     ranges = [rows for site in sites for rows in site.rows or ()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.optim import Optimizer
@@ -21,13 +21,13 @@ class StepDecay:
 
     def __init__(self, optimizer: Optimizer) -> None:
         """Read the optimizer's parameter groups as they are now."""
-        self._is_decoupled = type(optimizer).__name__ in _DECOUPLED
-        self._group_of: dict[int, dict[str, Any]] = {
-            id(parameter): group
-            for group in optimizer.param_groups
-            if group.get("weight_decay", 0.0) != 0
-            for parameter in group["params"]
-        }
+        is_decoupled = type(optimizer).__name__ in _DECOUPLED
+        self._share_of: dict[int, float] = {}
+        for group in optimizer.param_groups:
+            if group.get("weight_decay", 0.0) != 0:
+                known = is_decoupled or group.get("decoupled_weight_decay", False)
+                share = float(group["lr"]) * float(group["weight_decay"]) if known else math.nan
+                self._share_of.update((id(parameter), share) for parameter in group["params"])
 
     def of(self, parameter: Tensor | None) -> float:
         """What the step takes off this parameter, relative to it.
@@ -36,13 +36,9 @@ class StepDecay:
         the parameter is not known (None) and the optimizer decays anything.
         """
         if parameter is None:
-            return math.nan if self._group_of else 0.0
-        group = self._group_of.get(id(parameter))
-        if group is None or parameter.grad is None:
-            return 0.0
-        if not (self._is_decoupled or group.get("decoupled_weight_decay", False)):
-            return math.nan
-        return float(group["lr"]) * float(group["weight_decay"])
+            return math.nan if self._share_of else 0.0
+        share = self._share_of.get(id(parameter))
+        return 0.0 if share is None or parameter.grad is None else share
 
 
 def settings(optimizers: Sequence[Optimizer]) -> dict[str, object]:

@@ -27,8 +27,8 @@ Ranges: TypeAlias = tuple[tuple[int, int], ...]
 
 _HOST_UNITS: Final = 1 << 13
 """Units taken at a time on the CPU: what is made of them stays in a core's cache."""
-_DEVICE_UNITS: Final = 1 << 20
-"""Units taken at a time on a device: some 300 MB pass."""
+_DEVICE_UNITS: Final = 1 << 18
+"""Units taken at a time on a device: what is made of them is some 25 arrays as long."""
 
 
 def batched_sums(units: Sequence[Array], weights: Sequence[Ranges]) -> tuple[Array, list[int]]:

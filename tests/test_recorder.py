@@ -25,6 +25,7 @@ from dora_dynamics import measurement
 from dora_dynamics._kernels import queue_dense_sums
 from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
 from dora_dynamics.baseline import Baselines
+from dora_dynamics.followed import Followed
 from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
 from dora_dynamics.sites import NoSiteMatchesError
 
@@ -805,6 +806,31 @@ class TestCounts:
             train(model, optimizer, 1)
         once = sum(weight_of(model, f"layers.{i}.{t}").nbytes for i in (0, 1) for t in TARGETS)
         assert read == [2 * once] * 2
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_step_that_is_not_recorded_looks_nothing_up_again(
+        self, method: str, tiny_transformer: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = adapt(tiny_transformer(), method)
+        recorder = dd.Recorder(model, TARGETS, every=5)
+        optimizer = adamw(model)
+        looked: list[str] = []
+        magnitude = Followed.magnitude
+
+        def counting(self: Followed) -> Any:
+            looked.append(self.parameter)
+            return magnitude(self)
+
+        monkeypatch.setattr(Followed, "magnitude", counting)
+        with recorder.attach(optimizer):
+            counts = []
+            for _ in range(10):
+                train(model, optimizer, 1)
+                counts.append(len(looked))
+        assert counts == [4] * 5 + [8] * 5
+        tracked = recorder.trajectory.groupby("step")["total_decay"].unique()
+        monkeypatch.undo()
+        assert all(len(values) == 1 for values in tracked)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_tensors_held_do_not_grow_with_steps(
