@@ -55,8 +55,8 @@ ENTRIES: Final = (
         "Fine-tuned three ways from two starting points, five seeds each, 1,500 steps of batch 128: "
         "does ΔM fall with ΔD under FT and DoRA, and rise under LoRA?",
         findings.reproduced,
-        "ΔM against ΔD of MiniLM's query and value matrices, three panels each: FT's and DoRA's "
-        "points fall, LoRA's rise on a line.",
+        "ΔM against ΔD of MiniLM's query and value matrices, three panels each: LoRA's points rise "
+        "on a line; FT's and DoRA's fall for value, and scatter for query.",
         "python -m analyses.reproduce --seeds 5 --steps 1500 --batch-size 128 --held-out 1000 "
         "--data pairs.jsonl --name reproduction_minilm",
         ("reproduction_minilm", "reproduction_minilm_no_decay", "reproduction_bart"),
@@ -67,8 +67,9 @@ ENTRIES: Final = (
         "An intervention: the same fine-tuning with total decay Λ from 0 to 10%. Is it decay that "
         "sets the sign, and is the contrast of LoRA and DoRA left without it?",
         findings.decay,
-        "r against total decay for query and value: LoRA stays near +0.7 to +1, FT and DoRA go from "
-        "near zero down as decay grows; signed ΔM lies on the predicted line for FT.",
+        "r against total decay for query and value: LoRA stays near +0.7 to +1, FT and DoRA go "
+        "down as decay grows, but for DoRA across the layers of query; signed ΔM lies on the "
+        "predicted line for FT.",
         "python -m analyses.weight_decay --seeds 5 --steps 500 --batch-size 128 --held-out 1000 "
         "--data pairs.jsonl",
         ("weight_decay",),
@@ -78,7 +79,8 @@ ENTRIES: Final = (
         "Is LoRA's line what any update orthogonal to the weights gives?",
         findings.geometry,
         "ΔM/m against ΔD on logarithmic axes: LoRA on the orthogonal curve, FT and DoRA above it; "
-        "the paper's LoRA points on the same curve; the radial share over training.",
+        "the paper's LoRA points about the same curve, on linear axes; the radial share over "
+        "training (dotted: that of a random direction).",
         "python -m analyses.update_geometry --runs reproduction_minilm "
         "reproduction_minilm_no_decay reproduction_bart",
     ),

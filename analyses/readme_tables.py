@@ -82,13 +82,12 @@ def scores() -> str:
 
 
 def why() -> str:
-    """What the study found of weight decay and of LoRA's line, with their pictures."""
-    parts = []
-    for entry in answers.ENTRIES:
-        if entry.name in ("weight_decay", "update_geometry"):
-            picture = f"![{entry.alt}](figures/{entry.name}.png)"
-            parts += [f"**{entry.title}.** {entry.answer()}", picture]
-    return "\n\n".join(parts)
+    """What the study found of weight decay and of LoRA's line."""
+    return "\n\n".join(
+        f"**{entry.title}** ([figure](figures/{entry.name}.png)). {entry.answer()}"
+        for entry in answers.ENTRIES
+        if entry.name in ("weight_decay", "update_geometry")
+    )
 
 
 def paper() -> str:
