@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: reproduce test lint types clean
+.PHONY: reproduce test campaign lint types clean
 
 reproduce: $(VENV)/.demo ## fine-tune three ways, measure, draw (about 4 minutes on 2 cores)
 	$(RUN) -m analyses.reproduce
 
 test: $(VENV)/.dev ## the whole test suite, with coverage
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered
+
+campaign: $(VENV)/.dev ## the tests of many tries, in full: kills, bad files, long runs
+	DORA_DYNAMICS_CAMPAIGN=full OMP_NUM_THREADS=1 $(RUN) -m pytest -m campaign -n 2
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

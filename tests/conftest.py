@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,14 @@ from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+IS_CAMPAIGN = os.environ.get("DORA_DYNAMICS_CAMPAIGN") == "full"
+
+
+def campaign(small: int, full: int) -> int:
+    """How often a test of many tries does it: `make campaign` runs them in full."""
+    return full if IS_CAMPAIGN else small
+
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
