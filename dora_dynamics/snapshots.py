@@ -7,6 +7,7 @@ to know at step N: the full effective weight, or LoRA's and DoRA's factors.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ from dora_dynamics.effective import Dense, EffectiveWeight, LowRank
 from dora_dynamics.errors import InputError
 from dora_dynamics.measurement import summarize_all
 from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
+from dora_dynamics.run_files import checked_path
 from dora_dynamics.sites import Site
 from dora_dynamics.trajectory import to_table, trajectory_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -93,10 +95,15 @@ def load_units(path: StrPath, step: int) -> dict[str, UnitChange]:
     except safetensors.SafetensorError as error:
         raise _unreadable(path, error) from error
     sites = dict.fromkeys(key.rpartition(".")[0] for key in arrays)
-    return {
-        site: UnitChange(**{name: _float64(arrays[f"{site}.{name}"]) for name in _UNIT_ARRAYS})
-        for site in sites
-    }
+    with _understood(path):
+        return {site: _units_of(site, arrays) for site in sites}
+
+
+def _units_of(site: str, arrays: Mapping[str, NDArray[np.float64]]) -> UnitChange:
+    found = {name: _float64(arrays[f"{site}.{name}"]) for name in _UNIT_ARRAYS}
+    if len({array.shape for array in found.values()}) != 1 or found[_UNIT_ARRAYS[0]].ndim != 1:
+        raise ValueError(f"its arrays of {site} do not fit each other")
+    return UnitChange(**found)
 
 
 def load_weights(path: StrPath, step: int) -> dict[str, EffectiveWeight]:
@@ -106,16 +113,16 @@ def load_weights(path: StrPath, step: int) -> dict[str, EffectiveWeight]:
         RunDirectoryError: the run kept none at that step.
     """
     tensors, metadata = _load(_step_file(Path(path), "weights", step))
-    scalings = json.loads(metadata["scaling"])
-    weights: dict[str, EffectiveWeight] = {
-        site: LowRank(
-            tensors[f"{site}.lora_A"],
-            tensors[f"{site}.lora_B"],
-            scaling,
-            tensors.get(f"{site}.magnitude"),
-        )
-        for site, scaling in scalings.items()
-    }
+    with _understood(Path(path)):
+        weights: dict[str, EffectiveWeight] = {
+            site: LowRank(
+                tensors[f"{site}.lora_A"],
+                tensors[f"{site}.lora_B"],
+                float(scaling),
+                tensors.get(f"{site}.magnitude"),
+            )
+            for site, scaling in json.loads(metadata["scaling"]).items()
+        }
     for key, tensor in tensors.items():
         site, _, kind = key.rpartition(".")
         if kind == "weight":
@@ -130,8 +137,9 @@ def load_baseline(path: StrPath) -> dict[Site, Tensor]:
         RunDirectoryError: the run kept none.
     """
     tensors, metadata = _load(Path(path) / "weights" / BASELINE_FILE)
-    sites = [Site(**description) for description in json.loads(metadata["sites"])]
-    return {site: tensors[site.tensor] for site in sites}
+    with _understood(Path(path)):
+        sites = [Site(**description) for description in json.loads(metadata["sites"])]
+        return {site: tensors[site.tensor] for site in sites}
 
 
 def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
@@ -214,7 +222,8 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safetensors.safe_open(_existing(path), framework="pt") as file:
+        existing = _existing(path)
+        with _understood(path), safetensors.safe_open(existing, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             for name in json.loads(metadata.get(_BY_COLUMN, "[]")):
@@ -224,20 +233,37 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _unreadable(path, error) from error
 
 
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Say in one sentence that a file is not what this package writes."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, RunDirectoryError):
+            raise
+        raise _unreadable(path, error) from error
+
+
 def _is_by_column(tensor: Tensor) -> bool:
     """Whether a matrix lies column by column in memory, which sets the order of its sums."""
     return tensor.ndim == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
 
 
 def _unreadable(path: Path, error: Exception) -> RunDirectoryError:
-    return RunDirectoryError(f"{path} cannot be read: {error}.")
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return RunDirectoryError(
+        f"{path} cannot be read ({reason}): it is damaged, or not of this package."
+    )
 
 
 def _existing(path: Path) -> Path:
     if path.exists():
-        return path
+        if not path.is_file():
+            raise RunDirectoryError(f"{path} cannot be read: it is no regular file.")
+        return checked_path(path, path.parent.parent)
     kind = path.parent.name
-    steps = sorted(int(file.stem[5:]) for file in path.parent.glob("step-*.safetensors"))
+    names = (file.stem.removeprefix("step-") for file in path.parent.glob("step-*.safetensors"))
+    steps = sorted(int(name) for name in names if name.isdecimal())
     if not steps:
         raise RunDirectoryError(f"{path} does not exist: record the run with keep={kind!r}.")
     listed = ", ".join(map(str, steps))

@@ -40,7 +40,7 @@ def coupling(
     """Correlation and slope of ΔM on ΔD over the rows of each RUN, with 95% intervals."""
     import pandas as pd
 
-    from dora_dynamics.commands.printing import print_json, records
+    from dora_dynamics.commands.printing import print_json, records, visible
     from dora_dynamics.run_directory import load_runs
     from dora_dynamics.statistics import coupling as couple
     from dora_dynamics.statistics import select_checkpoints
@@ -62,7 +62,7 @@ def coupling(
     if as_json:
         print_json(records(found))
     else:
-        click.echo(_readable(found, columns))
+        click.echo(visible(_readable(found, columns)))
 
 
 def _readable(found: pd.DataFrame, by: list[str]) -> str:

@@ -32,6 +32,11 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
+def visible(text: str) -> str:
+    """Text from a file of unknown origin with what would command a terminal shown as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def interval(value: float, low: float, high: float) -> str:
     """An estimate with its interval: "+0.96 [+0.93, +0.98]"."""
     return f"{number(value)} [{number(low)}, {number(high)}]"

@@ -12,7 +12,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 def runs(paths: tuple[str, ...], as_json: bool) -> None:
     """Say what each RUN directory holds: method, axis, sites, steps, baseline."""
-    from dora_dynamics.commands.printing import print_json
+    from dora_dynamics.commands.printing import print_json, visible
     from dora_dynamics.run_directory import read_info, read_run
 
     described = []
@@ -27,15 +27,19 @@ def runs(paths: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json(described)
         return
+
+    def say(line: str) -> None:
+        click.echo(visible(line))
+
     for run in described:
         steps = run["steps"]
         span = f"{len(steps)} from {steps[0]} to {steps[-1]}" if steps else "none yet"
-        click.echo(f"{run['path']}  {run['run']}  ({run['method']})")
-        click.echo(f"  model     {run['model']}")
-        click.echo(f"  baseline  {run['baseline']}")
-        click.echo(f"  weights   {len(run['sites'])} sites, targets {', '.join(run['targets'])}")
-        click.echo(f"  units     axis {run['axis']}")
-        click.echo(f"  steps     {span}, {run['rows']} rows")
-        click.echo(f"  recorded  {run['created']}, {run['machine']}")
+        say(f"{run['path']}  {run['run']}  ({run['method']})")
+        say(f"  model     {run['model']}")
+        say(f"  baseline  {run['baseline']}")
+        say(f"  weights   {len(run['sites'])} sites, targets {', '.join(run['targets'])}")
+        say(f"  units     axis {run['axis']}")
+        say(f"  steps     {span}, {run['rows']} rows")
+        say(f"  recorded  {run['created']}, {run['machine']}")
         if run["non_finite_rows"]:
-            click.echo(f"  warning   {run['non_finite_rows']} rows with NaN or Inf in the weights")
+            say(f"  warning   {run['non_finite_rows']} rows with NaN or Inf in the weights")
