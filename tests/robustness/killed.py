@@ -52,7 +52,11 @@ def train(folder: Path) -> None:
             torch.autograd.backward(loss)
             optimizer.step()
             if step % SAVE == 0:
-                parts = {"model": model, "optimizer": optimizer, "recorder": recorder}
+                parts: dict[str, Any] = {
+                    "model": model,
+                    "optimizer": optimizer,
+                    "recorder": recorder,
+                }
                 partial = checkpoint.with_suffix(".partial")
                 torch.save({name: part.state_dict() for name, part in parts.items()}, partial)
                 partial.replace(checkpoint)

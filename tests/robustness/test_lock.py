@@ -101,7 +101,9 @@ def test_a_worker_that_was_forked_neither_holds_nor_ends_the_lock(tmp_path: Path
             run_lock.hold(tmp_path)
         except RunDirectoryError as error:
             queue.put(str(error))
-        os._exit(0) if queue.close() or queue.join_thread() else None
+        queue.close()
+        queue.join_thread()
+        os._exit(0)
 
     worker = context.Process(target=work)
     worker.start()

@@ -1,0 +1,233 @@
+"""What becomes of unusual weights, row by row of the table in ARCHITECTURE.md."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dora_dynamics as dd
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEASURES = ["delta_magnitude", "delta_direction", "update_norm"]
+
+
+def model_of(weight: torch.Tensor | None = None) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.ModuleDict({"query": nn.Linear(7, 5), "value": nn.Linear(7, 3)})
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    if weight is not None:
+        model["query"].weight = nn.Parameter(weight.clone())
+    return model
+
+
+def recorded(model: nn.Module, *events: Any, **options: Any) -> tuple[pd.DataFrame, list[str]]:
+    """The table of a run in which each event happens in a step, and what was warned of."""
+    recorder = dd.Recorder(model, ["query", "value"], every=1, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with recorder.attach(optimizer):
+            for event in events:
+                with torch.no_grad():
+                    event()
+                optimizer.step()
+    return recorder.trajectory, [str(warning.message) for warning in caught]
+
+
+def last(table: pd.DataFrame, site: str = "query") -> dict[str, Any]:
+    row: dict[str, Any] = table[table["site"] == site].iloc[-1].to_dict()
+    return row
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_weights_are_counted_and_never_averaged(bad: float) -> None:
+    model = model_of()
+
+    def spoil() -> None:
+        model["query"].weight[1, 2] = bad
+        model["query"].weight[4, 0] = bad
+
+    table, said = recorded(model, lambda: model["value"].weight.mul_(1.5), spoil)
+    row = last(table)
+    assert row["non_finite"] == 2
+    assert all(math.isnan(row[name]) for name in MEASURES)
+    assert last(table, "value")["delta_magnitude"] > 0
+    assert not said
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_exploding_weights_are_exact_up_to_the_largest_number(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    if dtype == torch.float64:
+        largest = 1e150  # whose square is still a number
+    model = model_of().to(dtype)
+    before = model["query"].weight.detach().double().numpy().copy()
+    table, _ = recorded(model, lambda: model["query"].weight.fill_(largest))
+    row, after = last(table), np.full_like(before, float(torch.tensor(largest, dtype=dtype)))
+    m, m0 = (np.sqrt((w / 1e3) ** 2 @ np.ones(7)) * 1e3 for w in (after, before))
+    assert row["delta_magnitude"] == pytest.approx(np.abs(m - m0).mean(), rel=1e-6)
+    cosine = (before * np.sign(after)).sum(1) / np.sqrt(7) / m0
+    assert row["delta_direction"] == pytest.approx((1 - cosine).mean(), rel=1e-6)
+    assert row["non_finite"] == 0
+
+
+def test_fp16_overflow_is_non_finite() -> None:
+    model = model_of().half()
+    table, _ = recorded(model, lambda: model["query"].weight.mul_(60000).mul_(60000))
+    assert last(table)["non_finite"] > 0
+    assert math.isnan(last(table)["delta_magnitude"])
+
+
+def test_zero_units_are_left_out_of_the_direction_and_counted() -> None:
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    weight[1] = 0
+    model = model_of(weight)
+    after = weight + 0.1 * torch.randn(5, 7, dtype=torch.float64)
+    after[3] = 0
+    table, _ = recorded(model, lambda: model["query"].weight.copy_(after))
+    row, some = last(table), [0, 2, 4]
+    v, w = after.numpy(), weight.numpy()
+    norms = np.linalg.norm(v, axis=1), np.linalg.norm(w, axis=1)
+    cosine = (v * w).sum(1)[some] / norms[0][some] / norms[1][some]
+    assert row["zero_units"] == 2
+    assert row["delta_magnitude"] == pytest.approx(np.abs(norms[0] - norms[1]).mean())
+    assert row["delta_direction"] == pytest.approx((1 - cosine).mean())
+
+
+def test_weights_all_zero_have_no_direction() -> None:
+    model = model_of(torch.zeros(5, 7))
+    table, _ = recorded(model, lambda: model["query"].weight.add_(1))
+    row = last(table)
+    assert row["delta_magnitude"] == pytest.approx(math.sqrt(7))
+    assert math.isnan(row["delta_direction"])
+    assert row["zero_units"] == 5
+
+
+def test_weights_that_stay_have_changes_of_exactly_zero() -> None:
+    model = model_of(torch.full((5, 7), 0.1))
+    row = last(recorded(model, lambda: None)[0])
+    assert [row[name] for name in MEASURES] == [0, 0, 0]
+    assert math.isnan(row["unit_coupling"])
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-45])
+def test_denormal_weights(scale: float) -> None:
+    before = (torch.randint(1, 90, (5, 7)) * scale).float()
+    after = before + (torch.randint(0, 30, (5, 7)) * scale).float()
+    model = model_of(before)
+    row = last(recorded(model, lambda: model["query"].weight.copy_(after))[0])
+    v, w = (t.double().numpy() * 1e40 for t in (after, before))
+    norms = np.linalg.norm(v, axis=1), np.linalg.norm(w, axis=1)
+    assert row["delta_magnitude"] * 1e40 == pytest.approx(
+        np.abs(norms[0] - norms[1]).mean(), rel=1e-6
+    )
+    cosine = (v * w).sum(1) / norms[0] / norms[1]
+    assert row["delta_direction"] == pytest.approx((1 - cosine).mean(), rel=1e-6)
+
+
+def test_a_turn_too_small_for_fp32_keeps_its_digits(tmp_path: Any) -> None:
+    before = torch.zeros(5, 7, dtype=torch.float64)
+    before[:, 0] = 1
+    after = before.clone()
+    after[:, 1] = 1e-22  # 1 − cos is 5e-45, subnormal in fp32
+    model = model_of(before)
+    table, _ = recorded(model, lambda: model["query"].weight.copy_(after), run_dir=tmp_path / "r")
+    assert last(table)["delta_direction"] == pytest.approx(5e-45, rel=1e-6, abs=0)
+    assert last(dd.load_runs(tmp_path / "r"))["delta_direction"] == last(table)["delta_direction"]
+
+
+def test_a_parameter_put_in_the_weights_place_is_followed() -> None:
+    model = model_of()
+    before = model["query"].weight.detach().clone()
+    new = torch.randn(5, 7)
+
+    def replace() -> None:
+        model["query"].weight = nn.Parameter(new.clone())
+
+    table, _ = recorded(model, replace)
+    expected = dd.weight_change(before, new)
+    assert last(table)["delta_direction"] == pytest.approx(expected.delta_direction, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (5, 8), (4, 7)])
+def test_a_weight_of_another_shape_costs_its_steps_and_one_warning(
+    shape: tuple[int, int],
+) -> None:
+    def resize() -> None:
+        model["query"].weight = nn.Parameter(torch.randn(shape))
+
+    model = model_of()
+    table, said = recorded(model, lambda: None, resize, lambda: None)
+    assert sorted(table["step"].unique()) == [0, 1]
+    assert len(said) == 1
+    assert said[0].startswith("at step 2 the recorder failed (")
+    model = model_of()
+    with pytest.raises(ValueError, match="shape"):
+        recorded(model, resize, strict=True)
+
+
+def test_a_weight_that_lost_its_memory_costs_its_steps_and_one_warning() -> None:
+    def to_meta() -> None:
+        model["query"].weight = nn.Parameter(torch.empty(5, 7, device="meta"))
+
+    model = model_of()
+    table, said = recorded(model, to_meta, lambda: None)
+    assert sorted(table["step"].unique()) == [0]
+    assert len(said) == 1
+
+
+def test_steps_that_a_gradient_scaler_skips_are_none() -> None:
+    model = model_of()
+    recorder = dd.Recorder(model, ["query"], every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    with recorder.attach(optimizer):
+        for factor in (1.0, math.inf, 1.0):
+            optimizer.zero_grad()
+            loss = model["query"](torch.ones(2, 7)).square().sum() * factor
+            torch.autograd.backward(scaler.scale(loss))
+            scaler.step(optimizer)
+            scaler.update()
+    assert recorder.step == 2
+    assert recorder.trajectory["step"].tolist() == [0, 1, 2]
+
+
+def test_gradient_checkpointing_and_compile_change_nothing() -> None:
+    tables, losses = [], []
+    for wrap in ("plain", "checkpoint", "compile"):
+        model = model_of()
+
+        def forward(x: torch.Tensor, model: Any = model) -> torch.Tensor:
+            return model["value"](model["query"](x).repeat(1, 2)[:, :7]).square().sum()
+
+        call: Any = forward
+        if wrap == "checkpoint":
+            from torch.utils.checkpoint import checkpoint
+
+            call = lambda x, f=forward: checkpoint(f, x, use_reentrant=False)  # noqa: E731
+        if wrap == "compile":
+            call = torch.compile(forward, backend="eager")
+        recorder = dd.Recorder(model, ["query", "value"], every=1, run="r")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        seen = []
+        with recorder.attach(optimizer):
+            for step in range(3):
+                optimizer.zero_grad()
+                loss = call(torch.full((2, 7), 0.1 * step + 0.1))
+                loss.backward()
+                optimizer.step()
+                seen.append(loss.item())
+        tables.append(recorder.trajectory)
+        losses.append(seen)
+    assert losses[0] == losses[1] == losses[2]
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])
