@@ -44,8 +44,8 @@ def recorded(model: nn.Module, *events: Any, **options: Any) -> tuple[pd.DataFra
 
 
 def last(table: pd.DataFrame, site: str = "query") -> dict[str, Any]:
-    row: dict[str, Any] = table[table["site"] == site].iloc[-1].to_dict()
-    return row
+    row = table[table["site"] == site].iloc[-1]
+    return {str(name): value for name, value in row.to_dict().items()}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -207,7 +207,8 @@ def test_gradient_checkpointing_and_compile_change_nothing() -> None:
         model = model_of()
 
         def forward(x: torch.Tensor, model: Any = model) -> torch.Tensor:
-            return model["value"](model["query"](x).repeat(1, 2)[:, :7]).square().sum()
+            out: torch.Tensor = model["value"](model["query"](x).repeat(1, 2)[:, :7])
+            return out.square().sum()
 
         call: Any = forward
         if wrap == "checkpoint":
