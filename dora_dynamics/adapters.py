@@ -2,7 +2,12 @@
 
 Both are parametrizations (`torch.nn.utils.parametrize`): the module keeps its class and its
 forward, and its `.weight` *is* the effective weight W'. The pre-trained weight stays inside,
-frozen. `merge` writes W' into the module and removes every trace of the adapter.
+frozen. `merge` writes W' into the module and removes every trace of the adapter, so that a merged
+module runs as one that was never adapted.
+
+This has a price while training: since `.weight` stays the effective weight, W' is built in forward,
+and backward forms the dense gradient of W', as large as the weight itself. For training at scale
+use PEFT's adapters, which `Recorder` follows as well; `analyses.adapter_cost` measures both.
 """
 
 from __future__ import annotations

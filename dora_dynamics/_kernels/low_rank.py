@@ -119,6 +119,7 @@ def cpu_sums(update: LowRankUpdate) -> UnitSums:
             worth_threads=shared,
         )
         e[block] = torch.einsum("nr,nr->n", (w @ A_32.T).to(torch.float64), B_64[block])
+        del w  # so that two blocks are never held at once
     e *= update.scaling
     a, c = torch.from_numpy(squares), _update_squares(update)
     sums = UnitSums(a, e, c, (c - ratio(e, a) * e).clamp_min(0.0))
