@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: reproduce test campaign lint types clean
+.PHONY: reproduce test campaign matrix lint types clean
 
 reproduce: $(VENV)/.demo ## fine-tune three ways, measure, draw (about 4 minutes on 2 cores)
 	$(RUN) -m analyses.reproduce
@@ -14,6 +14,9 @@ test: $(VENV)/.dev ## the whole test suite, with coverage
 
 campaign: $(VENV)/.dev ## the tests of many tries, in full: kills, bad files, long runs
 	DORA_DYNAMICS_CAMPAIGN=full OMP_NUM_THREADS=1 $(RUN) -m pytest -m campaign -n 2
+
+matrix: $(VENV)/.dev ## the tests under the oldest and newest versions; table in CONTRIBUTING.md
+	$(RUN) -m tests.matrix
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
