@@ -150,7 +150,7 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
             )  # fmt: skip
         panel.set_yticks(at, table["case"] + ": " + table["path"], fontsize=7)
         panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
-        panel.set(xlim=(0, 1.75), ylim=(len(table) - 0.5, -0.5))
+        panel.set(xlim=(0, max(1.75, 1.47 * float(ends.max()))), ylim=(len(table) - 0.5, -0.5))
         panel.set_title(table["machine"].iloc[0], fontsize=9, loc="left")
     panels[-1].set_xlabel("fraction of measured bandwidth (orange: what is asked for)")
     return figure
