@@ -232,3 +232,28 @@ def test_gradient_checkpointing_and_compile_change_nothing() -> None:
     assert losses[0] == losses[1] == losses[2]
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
+
+
+def test_tied_weights_have_a_row_for_each_name_and_shared_modules_one() -> None:
+    shared = nn.Linear(5, 5)
+    model: Any = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(7, 5),
+            "query": shared,
+            "again": nn.ModuleDict({"query": shared}),
+            "head": nn.Linear(5, 7, bias=False),
+        }
+    )
+    model["head"].weight = model["embed"].weight
+    before = model["embed"].weight.detach().clone()
+    recorder = dd.Recorder(model, ["embed", "head", "query"], every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with recorder.attach(optimizer):
+        loss = model["head"](model["query"](model["embed"](torch.arange(7)))).square().sum()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    table = recorder.trajectory.query("step == 1").set_index("site")
+    assert sorted(table.index) == ["embed", "head", "query"]
+    expected = dd.weight_change(before, model["embed"].weight.detach()).delta_direction
+    assert table.loc["embed", "delta_direction"] == pytest.approx(expected, rel=1e-6)
+    assert table.loc["head", "delta_direction"] == table.loc["embed", "delta_direction"]
