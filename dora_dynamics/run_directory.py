@@ -97,8 +97,8 @@ def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
     """
     directory = Path(path)
     holds_a_run = RunDirectoryError(
-        f"{directory} already holds a run: choose another folder, or pass overwrite=True to "
-        "replace it."
+        f"{directory} already holds a run: choose another folder, or pass overwrite=True "
+        "(--overwrite on the command line) to replace it."
     )
     if not overwrite and _holds_a_run(directory):
         raise holds_a_run
@@ -175,6 +175,12 @@ def append_rows(directory: Path, rows: Iterable[Mapping[str, object]]) -> None:
         os.fsync(file.fileno())
 
 
+def _no_run(path: StrPath, file: str) -> RunDirectoryError:
+    if not Path(path).exists():
+        return RunDirectoryError(f"there is no run directory {path}.")
+    return RunDirectoryError(f"{path} is not a run directory: it has no {file}.")
+
+
 def read_info(path: StrPath) -> RunInfo:
     """Read `run.json` of a run directory.
 
@@ -190,7 +196,7 @@ def read_info(path: StrPath) -> RunInfo:
     except RunDirectoryError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunDirectoryError(f"{path} is not a run directory: it has no {RUN_FILE}.") from error
+        raise _no_run(path, RUN_FILE) from error
     except OSError as error:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -252,9 +258,7 @@ def read_run(path: StrPath) -> pd.DataFrame:
     except RunDirectoryError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunDirectoryError(
-            f"{path} is not a run directory: it has no {TRAJECTORY_FILE}."
-        ) from error
+        raise _no_run(path, TRAJECTORY_FILE) from error
     except OSError as error:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
     except TrajectoryError as error:

@@ -95,6 +95,28 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(command: str, tmp_p
     assert "is not a run directory" in result.output
 
 
+def test_a_path_that_does_not_exist_is_said_to_be_none(tmp_path: Path) -> None:
+    result = call("coupling", str(tmp_path / "rnus"))
+    assert result.exit_code == 2
+    assert result.output == f"Error: there is no run directory {tmp_path / 'rnus'}.\n"
+
+
+def test_a_mistyped_command_is_told_what_it_resembles() -> None:
+    result = call("plto", "runs/ft")
+    assert result.exit_code == 2
+    assert "Did you mean 'plot'?" in result.output
+    assert "Did you mean" not in call("xyzzy").output
+
+
+@pytest.mark.parametrize("command", ["runs", "coupling"])
+def test_a_glob_and_a_folder_of_runs_stand_for_the_runs(command: str, runs: list[str]) -> None:
+    folder = Path(runs[0]).parent
+    listed = call(command, *sorted(runs), "--json")
+    assert listed.exit_code == 0
+    for stands_for_them in (folder, folder / "*"):
+        assert call(command, str(stands_for_them), "--json").output == listed.output
+
+
 def test_wrong_usage_is_exit_code_2(runs: list[str]) -> None:
     assert call("coupling", runs[0], "--by", "nothing").exit_code == 2
     assert call("plot", runs[0], "--out", "figure.gif").exit_code == 2

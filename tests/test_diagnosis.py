@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -434,6 +435,33 @@ class TestReferenceRuns:
         known = table[table["method"] == "FT"]["total_decay"]
         assert known.gt(0).all() if decays else known.eq(0).all()
         assert diagnose(table, method="LoRA", reference=None).verdict == "LoRA-like"
+
+
+def test_the_interval_of_the_mean_change_speaks_of_what_the_verb_says(
+    tables: dict[Kind, pd.DataFrame],
+) -> None:
+    said = {}
+    for sign, verb in ((1, "grow"), (-1, "shrink")):
+        rows = tables["turning"].copy()
+        magnitude = rows["delta_magnitude"] / rows["relative_delta_magnitude"]
+        change = 0.01 * (rows["layer"] - 2) * sign  # not of one sign in all layers
+        rows["signed_delta_magnitude"] = change * magnitude
+        text = " ".join(str(diagnose(rows, reference=None)).split())
+        found = re.search(rf"Magnitudes {verb} by (\S+)% on the mean \[(\S+)%, (\S+)%\]", text)
+        assert found is not None
+        said[verb] = [float(number) for number in found.groups()]
+    mean, low, high = said["grow"]
+    assert low < 0 < mean < high
+    assert high > 1.2 * abs(low)
+    assert said["shrink"] == pytest.approx([mean, low, high], rel=0.1)
+
+
+def test_a_reference_without_the_roles_is_named_as_the_reference(
+    tables: dict[Kind, pd.DataFrame], references: pd.DataFrame
+) -> None:
+    said = " ".join(str(diagnose(tables["turning"].assign(role="elsewhere"), references)).split())
+    for name in references["method"].unique():
+        assert f"the reference's {name} has no weight of role elsewhere: not compared." in said
 
 
 def test_simulation_writes_its_table_and_figure(

@@ -233,7 +233,7 @@ class TestMalformedInfo:
         assert read_info(directory).run == "run"
 
     def test_missing_files(self, make_run: Callable[..., Path], tmp_path: Path) -> None:
-        with pytest.raises(RunDirectoryError, match=r"nowhere is not a run .* has no run\.json"):
+        with pytest.raises(RunDirectoryError, match=r"there is no run directory .*nowhere"):
             dd.load_runs([tmp_path / "nowhere"])
         directory = make_run("run")
         (directory / "trajectory.csv").unlink()

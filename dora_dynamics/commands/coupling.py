@@ -41,11 +41,12 @@ def coupling(
     import pandas as pd
 
     from dora_dynamics.commands.printing import print_json, records, visible
+    from dora_dynamics.commands.run_paths import named_runs
     from dora_dynamics.run_directory import load_runs
     from dora_dynamics.statistics import coupling as couple
     from dora_dynamics.statistics import select_checkpoints
 
-    table = load_runs(paths)
+    table = load_runs(named_runs(paths))
     columns = [name.strip() for name in by.split(",") if name.strip()]
     unknown = [name for name in columns if name not in table.columns]
     if unknown or not columns:

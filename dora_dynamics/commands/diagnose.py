@@ -55,11 +55,12 @@ def diagnose(
     if alone and against:
         raise click.UsageError("--alone compares with nothing: leave out --against, or --alone.")
     from dora_dynamics.commands.printing import print_json
+    from dora_dynamics.commands.run_paths import named_runs
     from dora_dynamics.diagnosis import diagnose as find
 
     found = find(
-        _runs(paths),
-        _runs(against) if against else None if alone else "recorded",
+        named_runs(paths),
+        named_runs(against) if against else None if alone else "recorded",
         method=method,
         lora=lora,
         ft=ft,
@@ -73,23 +74,6 @@ def diagnose(
     if with_table and not found.table.empty:
         shown = found.table.drop(columns=["meaning", "scale"])
         click.echo("\n" + shown.to_string(index=False, float_format="{:.3g}".format))
-
-
-def _runs(paths: tuple[str, ...]) -> list[str]:
-    """The folders that were named; a folder that holds runs stands for them, a glob likewise."""
-    from glob import glob
-    from pathlib import Path
-
-    from dora_dynamics.run_directory import RUN_FILE
-
-    found: list[str] = []
-    for path in paths:
-        matches = sorted(glob(path)) if not Path(path).exists() else [path]  # noqa: PTH207
-        for match in matches or [path]:
-            inner = sorted(str(file.parent) for file in Path(match).glob(f"*/{RUN_FILE}"))
-            is_run = (Path(match) / RUN_FILE).exists()
-            found += [match] if is_run or not inner else inner
-    return list(dict.fromkeys(found))
 
 
 def _plain(found: Diagnosis) -> dict[str, Any]:

@@ -41,12 +41,13 @@ def plot(paths: tuple[str, ...], kind: str, signed: bool, style: str, out: Path)
     import pandas as pd
 
     from dora_dynamics import plotting
+    from dora_dynamics.commands.run_paths import named_runs
     from dora_dynamics.run_directory import load_runs
     from dora_dynamics.statistics import coupling, select_checkpoints
 
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"--out must end in .png, .svg or .pdf, not {out.name!r}.")
-    table = load_runs(paths)
+    table = load_runs(named_runs(paths))
     late = select_checkpoints(table, count=4, kind="late")
     if late.empty:
         raise InputError("the runs hold no row beyond step 0, so there is nothing to draw.")

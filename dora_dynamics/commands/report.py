@@ -39,9 +39,11 @@ def report(
     all_steps: bool,
 ) -> None:
     """Write one self-contained HTML page of each RUN: figures to explore, couplings, warnings."""
+    from dora_dynamics.commands.run_paths import named_runs
     from dora_dynamics.report import write_report
 
     if out.suffix not in (".html", ".htm"):
         raise click.UsageError(f"--out must end in .html, not {out.name!r}.")
-    write_report(paths, out, reference=against or None, title=title, all_steps=all_steps)
+    against_runs = named_runs(against) if against else None
+    write_report(named_runs(paths), out, reference=against_runs, title=title, all_steps=all_steps)
     click.echo(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB).")

@@ -13,10 +13,11 @@ import click
 def runs(paths: tuple[str, ...], as_json: bool) -> None:
     """Say what each RUN directory holds: method, axis, sites, steps, baseline."""
     from dora_dynamics.commands.printing import print_json, visible
+    from dora_dynamics.commands.run_paths import named_runs
     from dora_dynamics.run_directory import read_info, read_run
 
     described = []
-    for path in paths:
+    for path in named_runs(paths):
         info, table = read_info(path), read_run(path)
         steps = sorted(int(step) for step in table["step"].unique())
         non_finite = int((table["non_finite"] > 0).sum())

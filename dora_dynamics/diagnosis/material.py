@@ -188,9 +188,14 @@ def _common_roles(
     kept = {}
     for name, table in references.items():
         if not roles & set(table["role"]):
-            notes.append(f"{name} has no weight of role {', '.join(sorted(roles))}: not compared.")
+            notes.append(
+                f"the reference's {name} has no weight of role {', '.join(sorted(roles))}: "
+                "not compared."
+            )
         elif int(layer_codes(table).max(initial=-1)) + 1 < MINIMUM_LAYERS:
-            notes.append(f"{name} has fewer than {MINIMUM_LAYERS} layers: not compared.")
+            notes.append(
+                f"the reference's {name} has fewer than {MINIMUM_LAYERS} layers: not compared."
+            )
         else:
             kept[name] = table
     common = roles.intersection(*(set(table["role"]) for table in kept.values()))

@@ -51,7 +51,7 @@ def findings(facts: Facts) -> tuple[str, ...]:
     )
     signed, low, high = facts.measure("signed ΔM / m_0")
     change = "shrink" if signed < 0 else "grow"
-    bounds = sorted((abs(low), abs(high))) if low * high > 0 else (low, high)
+    bounds = (-high, -low) if signed < 0 else (low, high)  # of what the verb says
     said.append(
         f"Magnitudes {change} by {100 * abs(signed):.2g}% on the mean "
         f"[{100 * bounds[0]:.2g}%, {100 * bounds[1]:.2g}%]; "
