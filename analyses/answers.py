@@ -109,7 +109,7 @@ ENTRIES: Final = (
         "Every PEFT method on the same task: is one that moves more like full fine-tuning also "
         "better at the task?",
         findings.zoo,
-        "Left, a map of 37 methods by r across units and radial share, coloured by score; right, "
+        "Left, a map of full fine-tuning and the methods of PEFT by r across units and radial share, coloured by score; right, "
         "score against distance from full fine-tuning, without a trend.",
         "python -m analyses.adapter_zoo --seeds 1 --steps 200 --batch-size 64 --held-out 1000 "
         "--data pairs.jsonl",
