@@ -32,7 +32,7 @@ OLDEST: Final = (
 )
 ENVIRONMENTS: Final[dict[str, tuple[str, ...]]] = {
     "oldest": ("torch==2.6.*", *OLDEST),
-    "oldest, the torch of here": OLDEST,
+    "oldest, newest torch": OLDEST,
     "newest": PACKAGES,
 }
 TESTS: Final = (

@@ -176,7 +176,7 @@ def test_what_was_not_kept_is_said(record: Callable[..., Any], tmp_path: Path) -
         load_weights(run, 2)
     with pytest.raises(ValueError, match="axis must be 'output' or 'input', not 'rows'"):
         dd.remeasure(run, axis="rows")  # type: ignore[arg-type]
-    with pytest.raises(RunDirectoryError, match=r"is not a run directory"):
+    with pytest.raises(RunDirectoryError, match=r"there is no run directory"):
         dd.remeasure(tmp_path / "nowhere")
 
 
