@@ -281,7 +281,7 @@ class TestResume:
             dd.Recorder(model, ["query"], **options)
         with pytest.raises(RunDirectoryError, match="axis='output'"):
             dd.Recorder(model, ["query", "value"], axis="input", **options)
-        with pytest.raises(RunDirectoryError, match="not a run directory"):
+        with pytest.raises(RunDirectoryError, match="there is no run directory"):
             dd.Recorder(model, ["query"], run_dir=tmp_path / "none", resume=3)
         with pytest.raises(ValueError, match="needs a run_dir"):
             dd.Recorder(model, ["query"], resume=3)

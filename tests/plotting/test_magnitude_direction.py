@@ -286,9 +286,13 @@ def test_styles_differ_in_size_and_leave_settings_alone() -> None:
 
 
 def test_no_figure_is_left_with_pyplot() -> None:
+    def open_figures() -> list[int]:
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        return pyplot.get_fignums() if pyplot is not None else []
+
+    before = open_figures()
     magnitude_direction(trajectory())
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    assert pyplot is None or not pyplot.get_fignums()
+    assert open_figures() == before
 
 
 def test_the_table_is_not_changed() -> None:
