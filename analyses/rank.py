@@ -24,7 +24,7 @@ from analyses import _drawing as drawing
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, PAPER_TOTAL_DECAY, Recipe
 from analyses.finetuning.sweep import Job
-from dora_dynamics.effective import Dense
+from dora_dynamics.diagnosis.effective_rank import change_of
 from dora_dynamics.plotting import save
 from dora_dynamics.snapshots import load_baseline, load_weights
 
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
-    from torch import Tensor
-
-    from dora_dynamics.effective import EffectiveWeight
 
 RANKS: Final = (2, 4, 8, 16, 32, 64, 128)
 TABLE_15: Final = {"rank": (4, 8, 16, 32, 64), "LoRA": (39.5, 40.7, 70.9, 74.8, 65.8),
@@ -71,23 +68,10 @@ def spectrum(run: Path) -> pd.DataFrame:
     weights = load_weights(run, last)
     rows = []
     for site, before in load_baseline(run).items():
-        after = dense(weights[site.tensor], before)
-        values = torch.linalg.svdvals(after - before.double()).numpy()
+        values = torch.linalg.svdvals(change_of(site, before, weights[site.tensor])).numpy()
         row = {"site": site.name, "role": site.role, "layer": site.layer}
         rows.append(row | shape_of(values))
     return pd.DataFrame(rows)
-
-
-def dense(effective: EffectiveWeight, before: Tensor) -> Tensor:
-    """W' in float64, as `nn.Linear` stores it."""
-    if isinstance(effective, Dense):
-        return effective.weight.double()
-    turned = before.double() + effective.scaling * effective.B.double() @ effective.A.double()
-    if effective.magnitude is None:
-        return turned
-    scale = effective.magnitude.double()[:, None] / turned.norm(dim=1, keepdim=True)
-    found: Tensor = scale * turned
-    return found
 
 
 def shape_of(values: NDArray[np.float64]) -> dict[str, float]:
