@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dora_dynamics.adapters import apply_dora as apply_dora
     from dora_dynamics.adapters import apply_lora as apply_lora
     from dora_dynamics.adapters import merge as merge
-    from dora_dynamics.baseline import capture_baseline as capture_baseline
+    from dora_dynamics.baseline_source import capture_baseline as capture_baseline
     from dora_dynamics.checkpoints import compare_checkpoints as compare_checkpoints
     from dora_dynamics.decomposition import UnitChange as UnitChange
     from dora_dynamics.decomposition import WeightChange as WeightChange
@@ -45,7 +45,7 @@ _HOME = {
     "WeightChange": "decomposition",
     "apply_dora": "adapters",
     "apply_lora": "adapters",
-    "capture_baseline": "baseline",
+    "capture_baseline": "baseline_source",
     "compare_checkpoints": "checkpoints",
     "coupling": "statistics",
     "diagnose": "diagnosis",

@@ -1,132 +1,43 @@
-"""The right W_0: the pre-trained weights, from before anything was put on them or trained.
+"""The right W_0 of what a recorder follows, kept right while the model moves and trains.
 
-Three ways lead there. Taken from the model, where the weight below an adapter is still what it
-was; captured before the adapter is applied; or read, weight by weight, from the pre-trained
-checkpoint. Some methods rewrite the base weight when they start (PiSSA and OLoRA move its leading
-part into their factors): what lies below their adapter is not W_0, and is refused as that.
+Three ways lead to it (`baseline_source`). Taken from the model, where the weight below an adapter
+is still what it was; captured before the adapter is applied; or read, weight by weight, from the
+pre-trained checkpoint.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from dora_dynamics._arrays import is_sharded
+from dora_dynamics.baseline_source import BaselineError, given_weights, refuse_rewritten
 from dora_dynamics.effective import Dense, EffectiveWeight, NoDenseWeightError, version_of
-from dora_dynamics.effective.peft_layers import refuse_model, rewriting_method
+from dora_dynamics.effective.peft_layers import refuse_model
 from dora_dynamics.errors import InputError
-from dora_dynamics.followed import Followed, follow
-from dora_dynamics.measurement import Measurement
 from dora_dynamics.sharded import Adapted, ShardingError
-from dora_dynamics.sharded.models import expose
-from dora_dynamics.sites import find_sites
 
 if TYPE_CHECKING:
-    import re
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
 
-    from dora_dynamics.decomposition import Axis
-    from dora_dynamics.measurement import Measured, Triple
+    from dora_dynamics.baseline_source import CapturedBaseline
+    from dora_dynamics.followed import Followed
     from dora_dynamics.run_directory import StrPath
-    from dora_dynamics.sites import Granularity, Site
+    from dora_dynamics.sites import Site
 
 
 Place = Literal["device", "host", "file"]
 """Where W_0 waits between measurements; see `Recorder`."""
 
-_AT_A_TIME: Final = 1 << 28
-"""Bytes of weights that are copied or computed only to be measured, in memory together."""
-
-
-class BaselineError(InputError):
-    """W_0 is not to be had that way; the message says how it is."""
-
-
-@dataclass(frozen=True)
-class CapturedBaseline:
-    """Pre-trained weights taken from a model before an adapter was applied.
-
-    Attributes:
-        weights: copies of the weights, by their names in the model's state dict.
-        model: class of the model they were taken from.
-    """
-
-    weights: Mapping[str, Tensor]
-    model: str
-
-
-def capture_baseline(
-    model: nn.Module,
-    targets: Sequence[str | re.Pattern[str]],
-    granularity: Granularity = "matrix",
-) -> CapturedBaseline:
-    """Copy the weights that `targets` selects, to be a recorder's baseline later.
-
-    Call it before the adapter is applied:
-
-        >>> baseline = dd.capture_baseline(model, ["query", "value"])
-        >>> model = peft.get_peft_model(model, LoraConfig(init_lora_weights="pissa"))
-        >>> recorder = dd.Recorder(model, ["query", "value"], baseline=baseline)
-
-    The copies are on the CPU; what is equal to a frozen weight of the model is let go of once the
-    recorder is attached.
-
-    Args:
-        model: the pre-trained model.
-        targets: as `Recorder` takes them.
-        granularity: as `Recorder` takes it.
-
-    Raises:
-        BaselineError: the model already carries an adapter that rewrote its base weights.
-        NoSiteMatchesError: a target matches nothing.
-    """
-    expose(model)
-    sites = find_sites(model, targets, granularity)
-    followed = follow(model, sites)
-    refuse_rewritten(model, followed)
-    names = _names(sites)
-    weights = {
-        names[tensor]: where.base().detach().to("cpu", copy=True)
-        for tensor, where in followed.items()
-    }
-    return CapturedBaseline(weights, type(model).__name__)
-
-
-def refuse_rewritten(model: nn.Module, followed: Mapping[str, Followed]) -> None:
-    """Refuse to take W_0 from below an adapter that rewrote it, or that is merged into it.
-
-    Raises:
-        BaselineError: with the way out.
-    """
-    way_out = (
-        "give the weights from before: baseline=dora_dynamics.capture_baseline(model, targets), "
-        "called before the adapter is applied, or baseline= the pre-trained checkpoint."
-    )
-    for name, where in followed.items():
-        method = rewriting_method(model, where.module)
-        if method is not None:
-            raise BaselineError(
-                f"{method} rewrote the base weight of {name} when it started, so that what lies "
-                f"below the adapter is not W_0; {way_out}"
-            )
-        if where.is_merged():
-            raise BaselineError(
-                f"the adapter of {name} is merged into its base weight, which is no longer W_0; "
-                f"unmerge it first, or {way_out}"
-            )
-
 
 class Baselines:
-    """W_0 of every followed tensor, and what is measured against it.
+    """W_0 of every followed tensor, and what is to be measured against it.
 
     A frozen weight of the model is not copied: while it is W_0, LoRA and DoRA are measured by
     their factors alone.
@@ -170,7 +81,7 @@ class Baselines:
             self.description = "the model's own weights when the recorder was made"
             self.weights = {name: self._own(name) for name in followed}
         else:
-            given, self.description = _given(source, _names(sites))
+            given, self.description = given_weights(source, sites)
             self.weights = {name: given[name].detach() for name in followed}
             self._check_shapes()
         self._given = source is not None
@@ -277,69 +188,19 @@ class Baselines:
         here = weight.to(now.device, non_blocking=weight.device.type == "cpu")
         return here.to(as_loaded).to(common), Dense(now.to(common))
 
+    def passing_bytes(self, name: str, weight: Tensor, effective: EffectiveWeight | Adapted) -> int:
+        """Bytes of what `pair` returned that are in memory only to be measured."""
+        size = 0 if weight is self.weights[name] else weight.nbytes
+        if isinstance(effective, Dense):
+            stored = self._followed[name].stored()
+            if stored is None or stored.dtype != effective.weight.dtype:  # not the module's own
+                size += effective.weight.nbytes
+        return size
+
     @property
     def is_on_gpu(self) -> bool:
         """Whether weights are measured on a GPU, which works while the host goes on."""
         return any(self._device_of(name).type == "cuda" for name in self._followed)
-
-    def queue(
-        self,
-        sites: Sequence[Site],
-        axis: Axis,
-        *,
-        keep_units: bool = False,
-        keep_weights: bool = False,
-    ) -> tuple[Callable[[], list[Measured]], dict[str, EffectiveWeight]]:
-        """Start to measure the change at every site; what is measured comes in one transfer.
-
-        All weights are measured together, but for those that must be copied or computed first:
-        of these, so many that they take `_AT_A_TIME` bytes, or one that takes more.
-
-        Returns:
-            What waits for the changes, and the effective weights by `Site.tensor` where they are
-            kept.
-        """
-        by_tensor: dict[str, list[Site]] = {name: [] for name in self._followed}
-        for site in sites:
-            by_tensor[site.tensor].append(site)
-        kept: dict[str, EffectiveWeight] = {}
-        added: list[Site] = []
-        together: list[Triple] = []
-        apart: list[Triple] = []
-        passing = 0
-        measurement = Measurement(axis, keep_units=keep_units)
-
-        def add() -> None:
-            nonlocal passing
-            added.extend(site for site, _, _ in together)
-            measurement.add(together)
-            together.clear()
-            passing = 0
-
-        for name, its_sites in by_tensor.items():
-            weight, effective = self.pair(name)
-            if is_sharded(weight):
-                apart.extend((site, weight, effective) for site in its_sites)
-                continue
-            size = self._passing_bytes(name, weight, effective)
-            if passing and passing + size > _AT_A_TIME:
-                add()
-            passing += size
-            together.extend((site, weight, effective) for site in its_sites)
-            if keep_weights and not isinstance(effective, Adapted):
-                kept[name] = effective
-            del weight, effective
-        add()
-        if apart:  # all of it by one all-reduce
-            together.extend(apart)
-            add()
-        measurement.start()
-
-        def finish() -> list[Measured]:
-            changes = dict(zip(added, measurement.finish(), strict=True))
-            return [changes[site] for site in sites]
-
-        return finish, kept
 
     def _device_of(self, name: str) -> torch.device:
         stored = self._followed[name].stored()
@@ -356,15 +217,6 @@ class Baselines:
         if is_sharded(stored) and not (isinstance(effective, Dense) or is_base):
             return Adapted(stored, effective)
         return effective
-
-    def _passing_bytes(
-        self, name: str, weight: Tensor, effective: EffectiveWeight | Adapted
-    ) -> int:
-        """Bytes of the pair that are in memory only to be measured."""
-        size = 0 if weight is self.weights[name] else weight.nbytes
-        if isinstance(effective, Dense) and self._is_computed(name, effective.weight):
-            size += effective.weight.nbytes
-        return size
 
     def quantization_report(self) -> str | None:
         """How the quantisation error of the base compares with the update; None if not known.
@@ -414,11 +266,6 @@ class Baselines:
         if hasattr(self, "weights"):
             self.weights[name] = stored
 
-    def _is_computed(self, name: str, weight: Tensor) -> bool:
-        """Whether an effective weight is a tensor of its own, and not the module's."""
-        stored = self._followed[name].stored()
-        return stored is None or stored.dtype != weight.dtype
-
     def _check_unchanged(self, name: str) -> None:
         if self._followed[name].is_merged():
             raise BaselineError(
@@ -433,7 +280,7 @@ class Baselines:
             warnings.warn(
                 f"the frozen weight of {name} was changed in place after the recorder "
                 "was made; make the recorder after the weights are loaded.",
-                stacklevel=5,
+                stacklevel=6,
             )
             self._versions[name] = version_of(self._followed[name].module, weight)
 
@@ -458,62 +305,6 @@ class Baselines:
             "is not known; baseline= the 16-bit checkpoint measures from that, and tells.",
             stacklevel=4,
         )
-
-
-def _given(
-    source: StrPath | Mapping[str, Tensor] | CapturedBaseline, names: Mapping[str, str]
-) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a source by `Site.tensor`, and what it is in words."""
-    from dora_dynamics.checkpoints.naming import align, plain_names
-
-    loads: dict[str, Callable[[], Tensor]]
-    if isinstance(source, CapturedBaseline):
-        where = "the captured baseline"
-        description = f"captured from the {source.model} before the adapter was applied"
-        loads = {name: partial(_itself, tensor) for name, tensor in source.weights.items()}
-    elif isinstance(source, Mapping):
-        where, description = "the baseline's state dict", "a state dict that was given"
-        loads = {name: partial(_itself, tensor) for name, tensor in source.items()}
-    elif isinstance(source, (str, os.PathLike)):
-        from dora_dynamics.checkpoints.discover import locate
-        from dora_dynamics.checkpoints.opening import open_checkpoint
-
-        where = os.fspath(source)
-        contents = open_checkpoint(locate(source))
-        if contents.kind != "weights":
-            raise BaselineError(
-                f"{where} is an adapter: the baseline is the pre-trained checkpoint below it."
-            )
-        description = f"the checkpoint {where}"
-        loads = {name: tensor.load for name, tensor in contents.tensors.items()}
-    else:
-        raise TypeError(
-            "baseline must be a path, a state dict or what capture_baseline returned, not "
-            f"{type(source).__name__}."
-        )
-    plain = plain_names(loads, where)
-    pairs = align(dict.fromkeys(names.values()), plain, where).pairs
-    missing = sorted(set(names.values()) - set(pairs))
-    if missing:
-        raise BaselineError(
-            f"{where} holds no {missing[0]!r}"
-            + (f" (nor {len(missing) - 1} others)" if len(missing) > 1 else "")
-            + ": give the baseline of this very model, captured with these targets."
-        )
-    found = {tensor: loads[plain[pairs[name]]]() for tensor, name in names.items()}
-    return found, description
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _names(sites: Iterable[Site]) -> dict[str, str]:
-    """`Site.tensor` → the tensor's name in a state dict."""
-    return {
-        site.tensor: f"{site.tensor}.weight" if site.parameter == "weight" else site.tensor
-        for site in sites
-    }
 
 
 def _as_loaded(weight: Tensor, stored: Tensor) -> torch.dtype:

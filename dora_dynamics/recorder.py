@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dora_dynamics import run_directory
-from dora_dynamics.backlog import Backlog
-from dora_dynamics.baseline import Baselines, CapturedBaseline, Place
+from dora_dynamics.baseline import Baselines, Place
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
-from dora_dynamics.followed import Followed, MagnitudeParameters, common_method, follow
+from dora_dynamics.followed import Followed, common_method, follow
 from dora_dynamics.metrics import role_means
-from dora_dynamics.optimizers import StepDecay, settings, trains_any, unwrapped, was_skipped
-from dora_dynamics.recorded_rows import RecordedRows
-from dora_dynamics.recorded_step import RecordedStep
+from dora_dynamics.optimizers import settings, unwrapped
+from dora_dynamics.recording import Recording
 from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
-from dora_dynamics.sharded import ShardingError
-from dora_dynamics.sharded.collectives import by_main_process
 from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import Site, find_sites
-from dora_dynamics.snapshots import has_baseline
-from dora_dynamics.troubles import Troubles, in_words
+from dora_dynamics.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     import pandas as pd
     from torch import Tensor, nn
     from torch.optim import Optimizer
-    from torch.utils.hooks import RemovableHandle
 
+    from dora_dynamics.baseline_source import CapturedBaseline
     from dora_dynamics.resume import Progress
     from dora_dynamics.run_directory import StrPath
 
@@ -70,8 +64,6 @@ class Recorder:
     Attributes:
         sites: the weights that are followed.
         step: optimizer steps done so far; a step that mixed precision skipped is none.
-        run: name of the run.
-        method: name of the method.
         axis: which axis the units are.
     """
 
@@ -152,30 +144,18 @@ class Recorder:
         expose(model)
         self.sites: list[Site] = find_sites(model, targets, granularity)
         self.axis: Axis = axis
-        self._given = {"run": run, "method": method}
         self._model = model
         self._followed: dict[str, Followed] = follow(model, self.sites)
-        self.method = method or common_method(self._followed)
+        self._is_method_given = method is not None
+        method = method or common_method(self._followed)
         self.step = 0
-        self._magnitudes = MagnitudeParameters(self._followed)
         self._wanted = schedule(every)
-        self._keep = kept_kinds(keep)
+        kept = kept_kinds(keep)
         run_directory.as_json(dict(hyperparameters or {}), "hyperparameters")
         self._baseline = Baselines(model, self.sites, self._followed, baseline, baseline_place)
-        self._decay = dict.fromkeys(self._followed, 0.0)
-        self._troubles = Troubles(are_fatal=strict)
-        self._rows = RecordedRows(self._troubles)
-        self._last_recorded: int | None = None
-        self._backlog = Backlog()
-        self._folder = ""
-        self._hooks: list[RemovableHandle] = []
-        self._resumed: Progress | None = None
-        self._counts_steps = True
-        self._is_lost = False
-        self.run = self._name()
-        self._info = RunInfo(
-            run=self.run,
-            method=self.method,
+        info = RunInfo(
+            run=run or method,
+            method=method,
             axis=axis,
             targets=[t.pattern if isinstance(t, re.Pattern) else t for t in targets],
             sites=[site.key for site in self.sites],
@@ -183,12 +163,17 @@ class Recorder:
             model=_model_name(model),
             seed=seed,
             hyperparameters=dict(hyperparameters or {}),
-            keep=sorted(self._keep),
+            keep=sorted(kept),
         )
+        self._recording = Recording(self.sites, self._baseline, info, name=run, strict=strict)
+        self._watch = Watch(self._followed)
+        self._resumed: Progress | None = None
+        self._counts_steps = True
+        self._is_lost = False
         if run_dir is not None:
             self.write_to(run_dir, overwrite=overwrite, resume=resume)
-        elif self._keep or resume is not None:
-            what = "keep= stores files" if self._keep else "resume= goes on with a run on disk"
+        elif kept or resume is not None:
+            what = "keep= stores files" if kept else "resume= goes on with a run on disk"
             raise InputError(f"{what}: it needs a run_dir.")
 
     def write_to(
@@ -204,73 +189,68 @@ class Recorder:
         For loops that learn only after the baseline was taken whether training resumes. The
         arguments, and what is raised, are those of `Recorder`.
         """
-        self._backlog.wait()
+        self._recording.wait()
         if keep is not None:
-            self._keep = kept_kinds(keep)
-            self._info = replace(self._info, keep=sorted(self._keep))
-        self._check_kept()
-        if resume is not None:
-            progress = read_progress(run_dir, resume, self.sites)
-            progress.check(self.sites, self.axis)
-            self._resumed = progress.without_rows()
-            self._check_baseline()
-            self.step = progress.step
-            self._last_recorded, self._decay = progress.last_recorded, progress.total_decay
-            self.run, self.method = progress.info.run, progress.info.method
-            self._info = replace(
-                progress.info,
-                hyperparameters=progress.info.hyperparameters | self._info.hyperparameters,
-            )
-            self._rows.recall(progress.table)
-            self._by_main_process(partial(self._rows.resume, progress))
-        else:
-            folder = Path(run_dir)
-            self._by_main_process(partial(self._rows.begin, folder, overwrite=overwrite))
-            self._folder = folder.resolve().name
-            self.run = self._name()
-            self._info = replace(self._info, run=self.run)
-        self._write_info()
-
-    def _by_main_process(self, action: Callable[[], object]) -> None:
-        by_main_process(action, together=self._baseline.is_sharded)
+            self._recording.keep_files(kept_kinds(keep))
+        self._recording.check_kept()
+        if resume is None:
+            self._recording.begin(Path(run_dir), overwrite=overwrite)
+            return
+        progress = read_progress(run_dir, resume, self.sites)
+        progress.check(self.sites, self.axis)
+        self._resumed = progress.without_rows()
+        self._check_baseline()
+        self.step = progress.step
+        self._watch.total_decay = progress.total_decay
+        self._recording.resume(progress)
 
     def continue_from(self, step: int) -> None:
         """Say that the model was trained for `step` steps before, of which there are no rows."""
         self.step = step
-        self._decay = dict.fromkeys(self._decay, math.nan)
+        self._watch.forget_decay()
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self._recording.info.run
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self._recording.info.method
 
     @property
     def last_recorded(self) -> int | None:
         """The last step that has rows."""
-        return self._last_recorded
+        return self._recording.last
 
     @property
     def is_attached(self) -> bool:
         """Whether an optimizer is being watched."""
-        return bool(self._hooks)
+        return self._watch.is_on
 
     @property
     def trajectory(self) -> pd.DataFrame:
         """The rows taken so far, as a table (see `trajectory.COLUMNS`)."""
-        self._backlog.wait()
-        self._troubles.tell()
-        return self._rows.table()
+        self._recording.wait()
+        self._recording.troubles.tell()
+        return self._recording.rows.table()
 
     @property
     def metrics(self) -> dict[str, float]:
         """The last recorded step as a few means over each role, as a trainer's log takes them."""
-        self._backlog.wait()
-        latest = self._rows.latest
-        return role_means(row for row in latest if row["step"] == self._last_recorded)
+        self._recording.wait()
+        latest = self._recording.rows.latest
+        return role_means(row for row in latest if row["step"] == self.last_recorded)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for `resume=` to go on exactly; JSON values only.
 
         The rows up to this step are written when it returns.
         """
-        self._backlog.wait()
-        self._troubles.tell()
-        return {"step": self.step, "total_decay": dict(self._decay)}
+        self._recording.wait()
+        self._recording.troubles.tell()
+        return {"step": self.step, "total_decay": dict(self._watch.total_decay)}
 
     @contextmanager
     def attach(self, optimizer: Optimizer) -> Iterator[Recorder]:
@@ -300,28 +280,25 @@ class Recorder:
             count_steps: count the optimizer's own steps and record them when they are due. False
                 leaves that to `advance_to`.
         """
-        self._let_go()
-        self._backlog.wait()
+        self._watch.end()
+        self._recording.wait()
         expose(self._model)
         watched = [unwrapped(optimizer) for optimizer in optimizers]
         self._followed = follow(self._model, self.sites)
-        self._magnitudes = MagnitudeParameters(self._followed)
-        self._check_kept()
+        self._watch.follow(self._followed)
+        self._recording.check_kept()
         self._baseline.settle(self._followed)
         self._check_baseline()
-        self._check_trains(watched)
-        self._settle_names()
-        self._info.hyperparameters.update(settings(watched))
-        self._write_info()
+        self._watch.check_trains(watched, stacklevel=5)
+        if not self._is_method_given and self._recording.rows.are_none:
+            self._recording.rename(common_method(self._followed))
+        self._recording.info.hyperparameters.update(settings(watched))
+        self._recording.describe()
         self._counts_steps = count_steps
         missed = self._resumed is not None and self._wanted(self.step)  # killed before it had rows
-        if self._last_recorded is None or missed:
+        if self.last_recorded is None or missed:
             self.record()
-        for optimizer in watched:
-            self._hooks += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
+        self._watch.begin(watched, self._before_step, self._after_step)
 
     def _check_baseline(self) -> None:
         """Where a run is resumed: whether W_0 is still what it was, also after the loading."""
@@ -332,32 +309,16 @@ class Recorder:
             self._baseline.replace(chosen)
             self._baseline.confirm()
 
-    def _check_kept(self) -> None:
-        """Refuse to keep what would have to be gathered."""
-        if "weights" in self._keep and self._baseline.is_sharded:
-            raise ShardingError(
-                "keep='weights' would gather every sharded weight: keep the units, or save "
-                "checkpoints (torch.distributed.checkpoint) and measure them with dora-dynamics "
-                "compare."
-            )
-
     def finish(self, *, record: bool = True) -> None:
         """What leaving `attach` does: let go of the optimizer and record the last step."""
-        self._let_go()
+        self._watch.end()
         try:
             if record:
                 self._record_in_training()
                 self._report_quantization()
         finally:
-            self._backlog.close()
-            self._rows.write()
-            self._rows.release()
-            self._troubles.tell(5)
-
-    def _let_go(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+            self._recording.close()
+            self._recording.troubles.tell(5)
 
     def advance_to(self, step: int) -> None:
         """Take over the step of a loop that counts by itself, and record it when it is due."""
@@ -370,122 +331,43 @@ class Recorder:
             return
         with self._sparing_training("measuring", "the step is left out of the table"):
             self.record()
-        self._troubles.tell(6)
+        self._recording.troubles.tell(7)
 
-    @contextmanager
-    def _sparing_training(self, kind: str, so: str) -> Iterator[None]:
-        """Let training go on where the recorder fails; processes must fail together, though."""
-        try:
-            yield
-        except Exception as error:
-            if self._baseline.is_sharded:
-                raise
-            message = f"at step {self.step} the recorder failed ({in_words(error)}): {so}."
-            self._troubles.note(kind, message, error)
+    def _sparing_training(self, kind: str, so: str) -> AbstractContextManager[None]:
+        return self._recording.sparing_training(self.step, kind, so)
 
     def record(self) -> None:
         """Take the rows of the present step now, whatever the schedule says.
 
         Does nothing if they are taken already: a step has one row per site.
         """
-        if self._last_recorded == self.step:
+        if self.last_recorded == self.step:
             return
-        self._magnitudes.forget()
+        self._watch.look_again()
         if self._baseline.is_sharded:
             expose(self._model)
-        finish, effective = self._baseline.queue(
-            self.sites,
-            self.axis,
-            keep_units="units" in self._keep,
-            keep_weights="weights" in self._keep,
-        )
-        keeps_baseline = "weights" in self._keep and not has_baseline(self._rows.directory)
-        recorded = RecordedStep(
-            step=self.step,
-            run=self.run,
-            method=self.method,
-            sites=self.sites,
-            finish=finish,
-            total_decay=dict(self._decay),
-            effective=effective,
-            baseline=self._baseline.weights if keeps_baseline else None,
-        )
-        self._last_recorded = self.step
-        if self._baseline.is_on_gpu and not effective:
-            self._backlog.add(partial(self._store_beside_training, recorded))
-        else:
-            self._store(recorded)
+        self._recording.record(self.step, self._watch.total_decay)
 
-    def _store_beside_training(self, recorded: RecordedStep) -> None:
-        with self._sparing_training("measuring", f"step {recorded.step} is left out of the table"):
-            self._store(recorded)
-
-    def _store(self, recorded: RecordedStep) -> None:
-        changes = recorded.finish()
-        if self._keep:
-            self._rows.write()
-            directory = self._rows.directory
-            if directory is not None:
-                try:
-                    recorded.keep(directory, self._keep, changes)
-                except OSError as error:
-                    what = " and ".join(sorted(self._keep))
-                    self._troubles.note(
-                        "keeping",
-                        f"the {what} of step {recorded.step} could not be kept in {directory}: "
-                        f"{in_words(error)}; its rows are recorded.",
-                        error,
-                    )
-        self._rows.add(recorded.rows(changes))
-
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self) -> None:
         with self._sparing_training("baseline", "W_0 is lost, and nothing more is recorded"):
             self._is_lost = True
             self._baseline.before_step()
             self._is_lost = False
 
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if was_skipped(optimizer):
-            return
-        added = dict.fromkeys(self._followed, math.nan)
+    def _after_step(self, optimizer: Optimizer) -> None:
         with self._sparing_training("decay", "total_decay is not known from here on"):
-            decay = StepDecay(optimizer)
-            added = {name: decay.of(self._magnitudes.of(name)) for name in self._followed}
-        for name, share in added.items():
-            self._decay[name] += share
+            self._watch.add_decay(optimizer)
         if self._counts_steps:
             self.advance_to(self.step + 1)
-
-    def _check_trains(self, optimizers: Sequence[Optimizer]) -> None:
-        modules = [followed.module for followed in self._followed.values()]
-        if not trains_any(optimizers, modules):
-            warnings.warn(
-                "the optimizer trains no parameter of the followed weights: make it after the "
-                "adapters are applied, and check requires_grad.",
-                stacklevel=5,
-            )
-
-    def _settle_names(self) -> None:
-        """Name the method by the adapters that the model has now, until a row carries the name."""
-        if self._given["method"] is None and self._rows.are_none:
-            self.method = common_method(self._followed)
-            self.run = self._name()
-            self._info = replace(self._info, run=self.run, method=self.method)
-
-    def _name(self) -> str:
-        """The run's name: as given, else the folder's, else the method."""
-        return self._given["run"] or self._folder or self.method
 
     def _report_quantization(self) -> None:
         report = self._baseline.quantization_report()
         if report is not None:
             report = f"{report} at step {self.step}"
-            self._info = replace(self._info, baseline=f"{self._baseline.description}; {report}")
-            self._write_info()
+            baseline = f"{self._baseline.description}; {report}"
+            self._recording.info = replace(self._recording.info, baseline=baseline)
+            self._recording.describe()
             warnings.warn(f"{report}, and is part of what is measured.", stacklevel=4)
-
-    def _write_info(self) -> None:
-        self._rows.describe(self._info)
 
 
 def _model_name(model: nn.Module) -> str:

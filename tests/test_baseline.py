@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
-import dora_dynamics.baseline
-from dora_dynamics.baseline import BaselineError, CapturedBaseline
+import dora_dynamics.recording
+from dora_dynamics.baseline_source import BaselineError, CapturedBaseline
 from dora_dynamics.checkpoints import CheckpointError, opening
 from dora_dynamics.measurement import Measurement
 
@@ -132,7 +132,7 @@ class TestGiven:
             recorder = dd.Recorder(model, TARGETS, baseline=source)
             recorder.record()
             assert row(recorder, 0)["relative_delta_magnitude"] == pytest.approx(0.5, rel=1e-6)
-            assert str(source) in recorder._info.baseline
+            assert str(source) in recorder._recording.info.baseline
 
     def test_checkpoint_below_an_adapter(
         self, tiny_transformer: Build, train: Train, tmp_path: Path
@@ -256,7 +256,7 @@ class TestPlace:
                 calls.append(len(weights))
                 add(self, weights)
 
-            monkeypatch.setattr(dora_dynamics.baseline, "_AT_A_TIME", limit)
+            monkeypatch.setattr(dora_dynamics.recording, "_AT_A_TIME", limit)
             monkeypatch.setattr(Measurement, "add", counting)
             recorder = self.recorded(tiny_transformer, train, "cpu", **options)
             assert recorder.trajectory.equals(expected)

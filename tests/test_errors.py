@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
-from dora_dynamics.baseline import BaselineError
+from dora_dynamics.baseline_source import BaselineError
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.effective import NoDenseWeightError
 from dora_dynamics.errors import InputError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 import shutil
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -726,7 +728,7 @@ class TestBesideTraining:
         with recorder.attach(optimizer):
             train(model, optimizer, 3)
             assert recorder.step == 3
-            assert recorder._rows.are_none
+            assert recorder._recording.rows.are_none
             gate.set()
             recorder.state_dict()
             assert len(dd.load_runs([tmp_path / "beside"])) == 4 * 4
@@ -831,6 +833,23 @@ class TestCounts:
         tracked = recorder.trajectory.groupby("step")["total_decay"].unique()
         monkeypatch.undo()
         assert all(len(values) == 1 for values in tracked)
+
+    def test_a_recorder_that_is_dropped_is_gone_at_once(
+        self, tiny_transformer: Build, train: Train, tmp_path: Path
+    ) -> None:
+        """With W_0 and its hold on the run directory, without the garbage collector."""
+        model = tiny_transformer()
+        recorder = dd.Recorder(model, TARGETS, every=1, run_dir=tmp_path / "run")
+        optimizer = adamw(model)
+        with recorder.attach(optimizer):
+            train(model, optimizer, 1)
+        dropped = weakref.ref(recorder)
+        gc.disable()
+        try:
+            del recorder
+            assert dropped() is None
+        finally:
+            gc.enable()
 
     @pytest.mark.parametrize("method", METHODS)
     def test_tensors_held_do_not_grow_with_steps(

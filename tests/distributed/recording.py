@@ -191,15 +191,16 @@ def largest_collective(recorder: dd.Recorder) -> tuple[int, int]:
 
     dist.all_reduce = counting
     _ = recorder.trajectory  # on a GPU rows come a moment later: this waits for them
-    recorder._last_recorded = -1
-    rows, recorder._rows = recorder._rows, RecordedRows(Troubles(are_fatal=True))
+    recording = recorder._recording
+    recording.last = -1
+    rows, recording.rows = recording.rows, RecordedRows(Troubles(are_fatal=True))
     try:
         with CommDebugMode() as traffic:
             recorder.record()
         _ = recorder.trajectory
     finally:
         dist.all_reduce = original
-    recorder._rows = rows
+    recording.rows = rows
     assert traffic.get_total_counts() == len(counted), traffic.get_comm_counts()
     return len(counted), sum(counted)
 

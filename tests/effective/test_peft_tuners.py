@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 import dora_dynamics as dd
-from dora_dynamics.baseline import BaselineError
+from dora_dynamics.baseline_source import BaselineError
 from dora_dynamics.effective import NoDenseWeightError, dense_weight, is_merged
 from dora_dynamics.effective.peft_layers import how_read, is_tuner_layer, resolved
 from tests.effective.peft_cases import Case, all_cases

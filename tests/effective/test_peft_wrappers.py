@@ -12,7 +12,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import dora_dynamics as dd
-from dora_dynamics.baseline import BaselineError
+from dora_dynamics.baseline_source import BaselineError
 from dora_dynamics.effective import (
     LowRank,
     NoDenseWeightError,

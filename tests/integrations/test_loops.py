@@ -77,7 +77,7 @@ class TestAccelerate:
         assert sorted(table["step"].unique()) == [0, 1, 2, 3]
         assert table.query("step == 3")["total_decay"].tolist() == pytest.approx([3e-3] * 2)
         assert same(plain, watched)
-        info = recorder._info.hyperparameters
+        info = recorder._recording.info.hyperparameters
         assert info["optimizer"] == "AdamW"
 
 
@@ -133,7 +133,7 @@ class TestParameterGroups:
                 "layers.1.query": 0.0, "layers.1.key": 0.0, "layers.1.value": 2e-3,
             }
         )  # fmt: skip
-        assert len(recorder._info.hyperparameters["parameter_groups"]) == 3
+        assert len(recorder._recording.info.hyperparameters["parameter_groups"]) == 3
 
     def test_scheduler_and_groups_added_later(self, tiny_transformer: Build) -> None:
         model: Any = tiny_transformer()
@@ -396,8 +396,9 @@ class TestCost:
                 step_with(model, optimizer, step)
                 sizes.append(
                     {
-                        name: len(value)
-                        for name, value in vars(recorder).items()
+                        (type(part).__name__, name): len(value)
+                        for part in (recorder, recorder._recording, recorder._watch)
+                        for name, value in vars(part).items()
                         if hasattr(value, "__len__")
                     }
                 )
@@ -417,6 +418,7 @@ class TestCost:
         for _ in range(100):
             recorder.step += 1
             recorder.record()
-        recorder._rows.latest = Rows(recorder._rows.latest)
+        rows = recorder._recording.rows
+        rows.latest = Rows(rows.latest)
         assert len(recorder.metrics) > 0
         assert len(read) == 2

@@ -1,0 +1,251 @@
+"""What a recorder records: steps measured, rows and kept files written, and what the run is."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from dora_dynamics._arrays import is_sharded
+from dora_dynamics.backlog import Backlog
+from dora_dynamics.measurement import Measurement
+from dora_dynamics.recorded_rows import RecordedRows
+from dora_dynamics.recorded_step import RecordedStep
+from dora_dynamics.sharded import Adapted, ShardingError
+from dora_dynamics.sharded.collectives import by_main_process
+from dora_dynamics.snapshots import has_baseline
+from dora_dynamics.troubles import Troubles, in_words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from dora_dynamics.baseline import Baselines
+    from dora_dynamics.effective import EffectiveWeight
+    from dora_dynamics.measurement import Measured, Triple
+    from dora_dynamics.resume import Progress
+    from dora_dynamics.run_directory import RunInfo
+    from dora_dynamics.sites import Site
+
+_AT_A_TIME: Final = 1 << 28
+"""Bytes of weights that are copied or computed only to be measured, in memory together."""
+
+
+class Recording:
+    """The steps of a run that were recorded; on a GPU the last of them may still be measured.
+
+    Attributes:
+        info: what `run.json` says; the run, the method and the axis are those of every row.
+        keep: the kinds of files that are kept beside the table: "units", "weights".
+        rows: what was measured.
+        troubles: what went wrong.
+        last: the last step that was recorded.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        baseline: Baselines,
+        info: RunInfo,
+        *,
+        name: str | None,
+        strict: bool,
+    ) -> None:
+        """Nothing recorded yet, and no run directory.
+
+        Args:
+            sites: the weights that are followed.
+            baseline: what they are measured against.
+            info: of the run; of the files it names to be kept, those are.
+            name: the run's, where it was given; else it is the folder's, or the method's.
+            strict: raise what goes wrong instead of taking note of it.
+        """
+        self.info = info
+        self.keep = frozenset(info.keep)
+        self.troubles = Troubles(are_fatal=strict)
+        self.rows = RecordedRows(self.troubles)
+        self.last: int | None = None
+        self._sites = sites
+        self._baseline = baseline
+        self._name = name
+        self._folder = ""
+        self._backlog = Backlog()
+        self.rename(info.method)
+
+    def rename(self, method: str) -> None:
+        """Give the run this method, and the name that goes with it."""
+        self.info = replace(self.info, run=self._name or self._folder or method, method=method)
+
+    def keep_files(self, kinds: frozenset[str]) -> None:
+        """Keep these kinds of files from now on."""
+        self.keep = kinds
+        self.info = replace(self.info, keep=sorted(kinds))
+
+    def check_kept(self) -> None:
+        """Refuse to keep what would have to be gathered.
+
+        Raises:
+            ShardingError: weights are to be kept, of a model that is sharded.
+        """
+        if "weights" in self.keep and self._baseline.is_sharded:
+            raise ShardingError(
+                "keep='weights' would gather every sharded weight: keep the units, or save "
+                "checkpoints (torch.distributed.checkpoint) and measure them with dora-dynamics "
+                "compare."
+            )
+
+    def begin(self, folder: Path, *, overwrite: bool) -> None:
+        """Write to a new run directory from now on.
+
+        Raises:
+            RunDirectoryError: it holds a run, another process writes it, or it cannot be made.
+        """
+        self._by_main_process(partial(self.rows.begin, folder, overwrite=overwrite))
+        self._folder = folder.resolve().name
+        self.rename(self.info.method)
+        self.describe()
+
+    def resume(self, progress: Progress) -> None:
+        """Write on behind the rows of a run as far as a checkpoint.
+
+        Raises:
+            RunDirectoryError: another process writes it, or it cannot be written.
+        """
+        self.last = progress.last_recorded
+        noted = progress.info.hyperparameters | self.info.hyperparameters
+        self.info = replace(progress.info, hyperparameters=noted)
+        self.rows.recall(progress.table)
+        self._by_main_process(partial(self.rows.resume, progress))
+        self.describe()
+
+    def _by_main_process(self, action: Callable[[], object]) -> None:
+        by_main_process(action, together=self._baseline.is_sharded)
+
+    def describe(self) -> None:
+        """Write `run.json`, now or when the disk takes it."""
+        self.rows.describe(self.info)
+
+    def wait(self) -> None:
+        """Return when all rows are there."""
+        self._backlog.wait()
+
+    def close(self) -> None:
+        """Wait, write what the disk takes, and let others write to the run directory."""
+        try:
+            self._backlog.close()
+        finally:
+            self.rows.write()
+            self.rows.release()
+
+    @contextmanager
+    def sparing_training(self, step: int, kind: str, so: str) -> Iterator[None]:
+        """Let training go on where this fails; processes must fail together, though.
+
+        Args:
+            step: the step at which it is done.
+            kind: the kind of failure, told once.
+            so: what comes of it, as the end of a sentence.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._baseline.is_sharded:
+                raise
+            message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
+            self.troubles.note(kind, message, error)
+
+    def record(self, step: int, total_decay: Mapping[str, float]) -> None:
+        """Measure the weights as they are at this step; on a GPU, begin to."""
+        finish, effective = self._queue()
+        keeps_baseline = "weights" in self.keep and not has_baseline(self.rows.directory)
+        recorded = RecordedStep(
+            step=step,
+            run=self.info.run,
+            method=self.info.method,
+            sites=self._sites,
+            finish=finish,
+            total_decay=dict(total_decay),
+            effective=effective,
+            baseline=self._baseline.weights if keeps_baseline else None,
+        )
+        self.last = step
+        if self._baseline.is_on_gpu and not effective:
+            self._backlog.add(partial(self._store_beside_training, recorded))
+        else:
+            self._store(recorded)
+
+    def _queue(self) -> tuple[Callable[[], list[Measured]], dict[str, EffectiveWeight]]:
+        """Start to measure the change at every site; what is measured comes in one transfer.
+
+        All weights are measured together, but for those that must be copied or computed first:
+        of these, so many that they take `_AT_A_TIME` bytes, or one that takes more.
+
+        Returns:
+            What waits for the changes, and the effective weights by `Site.tensor` where they are
+            kept.
+        """
+        by_tensor: dict[str, list[Site]] = {}
+        for site in self._sites:
+            by_tensor.setdefault(site.tensor, []).append(site)
+        kept: dict[str, EffectiveWeight] = {}
+        added: list[Site] = []
+        together: list[Triple] = []
+        apart: list[Triple] = []
+        passing = 0
+        measurement = Measurement(self.info.axis, keep_units="units" in self.keep)
+
+        def add() -> None:
+            nonlocal passing
+            added.extend(site for site, _, _ in together)
+            measurement.add(together)
+            together.clear()
+            passing = 0
+
+        for name, its_sites in by_tensor.items():
+            weight, effective = self._baseline.pair(name)
+            if is_sharded(weight):
+                apart.extend((site, weight, effective) for site in its_sites)
+                continue
+            size = self._baseline.passing_bytes(name, weight, effective)
+            if passing and passing + size > _AT_A_TIME:
+                add()
+            passing += size
+            together.extend((site, weight, effective) for site in its_sites)
+            if "weights" in self.keep and not isinstance(effective, Adapted):
+                kept[name] = effective
+            del weight, effective
+        add()
+        if apart:  # all of it by one all-reduce
+            together.extend(apart)
+            add()
+        measurement.start()
+
+        def finish() -> list[Measured]:
+            changes = dict(zip(added, measurement.finish(), strict=True))
+            return [changes[site] for site in self._sites]
+
+        return finish, kept
+
+    def _store_beside_training(self, recorded: RecordedStep) -> None:
+        so = f"step {recorded.step} is left out of the table"
+        with self.sparing_training(recorded.step, "measuring", so):
+            self._store(recorded)
+
+    def _store(self, recorded: RecordedStep) -> None:
+        changes = recorded.finish()
+        if self.keep:
+            self.rows.write()
+            directory = self.rows.directory
+            if directory is not None:
+                try:
+                    recorded.keep(directory, self.keep, changes)
+                except OSError as error:
+                    what = " and ".join(sorted(self.keep))
+                    self.troubles.note(
+                        "keeping",
+                        f"the {what} of step {recorded.step} could not be kept in {directory}: "
+                        f"{in_words(error)}; its rows are recorded.",
+                        error,
+                    )
+        self.rows.add(recorded.rows(changes))

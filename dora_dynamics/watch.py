@@ -1,0 +1,103 @@
+"""Hooks on the optimizers that train the followed weights, and Λ, which their steps add up to."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+from dora_dynamics.followed import MagnitudeParameters
+from dora_dynamics.optimizers import StepDecay, trains_any, was_skipped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from dora_dynamics.followed import Followed
+
+
+class Watch:
+    """What a recorder sees of the optimizers: when they step, and how much weight decay they do.
+
+    It holds no reference to the recorder; the optimizers do, while they are watched.
+
+    Attributes:
+        total_decay: Λ of every followed tensor up to now; NaN where it is not known.
+    """
+
+    def __init__(self, followed: Mapping[str, Followed]) -> None:
+        """Watch no optimizer yet; the tensors live where `followed` says."""
+        self.total_decay = dict.fromkeys(followed, 0.0)
+        self._hooks: list[RemovableHandle] = []
+        self.follow(followed)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether an optimizer is being watched."""
+        return bool(self._hooks)
+
+    def follow(self, followed: Mapping[str, Followed]) -> None:
+        """Look for the tensors where they live now."""
+        self._followed = followed
+        self._magnitudes = MagnitudeParameters(followed)
+
+    def look_again(self) -> None:
+        """Look up anew which parameters carry the magnitudes, at the next step."""
+        self._magnitudes.forget()
+
+    def check_trains(self, optimizers: Sequence[Optimizer], stacklevel: int) -> None:
+        """Warn where these optimizers train no parameter of the followed weights."""
+        if not trains_any(optimizers, [followed.module for followed in self._followed.values()]):
+            warnings.warn(
+                "the optimizer trains no parameter of the followed weights: make it after the "
+                "adapters are applied, and check requires_grad.",
+                stacklevel=stacklevel,
+            )
+
+    def begin(
+        self,
+        optimizers: Sequence[Optimizer],
+        before_step: Callable[[], None],
+        after_step: Callable[[Optimizer], None],
+    ) -> None:
+        """Call these before every step of the optimizers, and after every step that was made."""
+
+        def before(*_: object) -> None:
+            before_step()
+
+        def after(optimizer: Optimizer, *_: object) -> None:
+            if not was_skipped(optimizer):
+                after_step(optimizer)
+
+        for optimizer in optimizers:
+            self._hooks += [
+                optimizer.register_step_pre_hook(before),
+                optimizer.register_step_post_hook(after),
+            ]
+
+    def end(self) -> None:
+        """Let go of the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def add_decay(self, optimizer: Optimizer) -> None:
+        """Add the weight decay of the step that an optimizer has just made to Λ.
+
+        Raises:
+            Exception: what a foreign optimizer or module raises; Λ is not known from then on.
+        """
+        try:
+            decay = StepDecay(optimizer)
+            added = {name: decay.of(self._magnitudes.of(name)) for name in self._followed}
+        except Exception:
+            self.forget_decay()
+            raise
+        for name, share in added.items():
+            self.total_decay[name] += share
+
+    def forget_decay(self) -> None:
+        """Λ is not known from here on."""
+        self.total_decay = dict.fromkeys(self.total_decay, math.nan)
