@@ -15,7 +15,8 @@ is one file a path; all give the same numbers:
 from __future__ import annotations
 
 from dora_dynamics._kernels.dispatch import dense_sums, dense_sums_of_all
-from dora_dynamics._kernels.low_rank import LowRankUpdate, low_rank_sums, low_rank_sums_of_all
+from dora_dynamics._kernels.low_rank import low_rank_sums, low_rank_sums_of_all
+from dora_dynamics._kernels.low_rank_update import LowRankUpdate
 from dora_dynamics._kernels.queueing import (
     QueuedSums,
     Transfer,

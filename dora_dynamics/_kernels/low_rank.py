@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from dora_dynamics._kernels import blocks, threads
+from dora_dynamics._kernels.low_rank_update import LowRankUpdate
 from dora_dynamics._kernels.sums import (
     LARGEST,
     SMALLEST,
@@ -34,23 +34,6 @@ _CPU_BLOCK: Final = 1 << 22
 """Elements torch multiplies at a time there: enough to keep its threads from waiting."""
 _DEVICE_BLOCK: Final = 1 << 24
 """On a GPU a block is as large as its float64 copy may be: 128 MiB."""
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """The change scaling · B A of W_0.
-
-    Attributes:
-        before: W_0, shape (units, features).
-        A: shape (rank, features).
-        B: shape (units, rank).
-        scaling: the factor on B A, alpha / rank in LoRA.
-    """
-
-    before: Tensor
-    A: Tensor
-    B: Tensor
-    scaling: float
 
 
 def low_rank_sums(before: Tensor, A: Tensor, B: Tensor, scaling: float) -> UnitSums:
@@ -80,7 +63,8 @@ def low_rank_sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
             some = [updates[i] for i in here]
             if device.type == "cuda" and find_spec("triton") is not None:
                 path = importlib.import_module("dora_dynamics._kernels.triton_low_rank")
-                found = path.sums_of_all(some)
+                fast = iter(path.sums_of_all([update for update in some if path.fits(update)]))
+                found = [next(fast) if path.fits(update) else plain_sums(update) for update in some]
             elif device.type == "cpu":
                 found = [
                     (cpu_sums if update.before.numel() >= _LARGE else plain_sums)(update)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from dora_dynamics._kernels.low_rank import LowRankUpdate
+    from dora_dynamics._kernels.low_rank_update import LowRankUpdate
 
 
 class Transfer:

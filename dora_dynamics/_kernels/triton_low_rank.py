@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_dynamics._kernels import low_rank
 from dora_dynamics._kernels.sums import UnitSums, from_array, on_device, ratio, to_host
 from dora_dynamics._kernels.triton_low_rank_again import sum_again
 from dora_dynamics._kernels.triton_path import element_type
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_dynamics._kernels.low_rank import LowRankUpdate
+    from dora_dynamics._kernels.low_rank_update import LowRankUpdate
 
 _ENTRY: Final = 11
 """Numbers a site takes in the table, in the order in which the kernel reads them."""
@@ -131,21 +130,15 @@ low_rank_kernel: Any = triton.jit(_low_rank_kernel)
 
 
 def sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
-    """`low_rank.low_rank_sums` of updates on one device: one transfer, one wait.
-
-    Updates that the kernel was not made for go through `low_rank.plain_sums`.
-    """
-    fit = [update for update in updates if fits(update)]
-    fast: list[UnitSums] = []
-    if fit:
-        sums, first_units = queue(fit)
-        host = to_host(sums)()
-        fast = [
-            from_array(host[:, first : first + update.before.shape[0]])
-            for first, update in zip(first_units, fit, strict=True)
-        ]
-    waiting = iter(fast)
-    return [next(waiting) if fits(one) else low_rank.plain_sums(one) for one in updates]
+    """`low_rank.low_rank_sums` of updates on one device that `fits`: one transfer, one wait."""
+    if not updates:
+        return []
+    sums, first_units = queue(updates)
+    host = to_host(sums)()
+    return [
+        from_array(host[:, first : first + update.before.shape[0]])
+        for first, update in zip(first_units, updates, strict=True)
+    ]
 
 
 def fits(update: LowRankUpdate) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dora_dynamics._kernels.low_rank import LowRankUpdate
+    from dora_dynamics._kernels.low_rank_update import LowRankUpdate
 
 _ENTRY: Final = 14
 """Numbers a site takes in the table, in the order in which the kernel reads them."""
