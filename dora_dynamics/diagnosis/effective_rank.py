@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from dora_dynamics.effective import Dense
+from dora_dynamics.effective import Dense, LowRank, built
 from dora_dynamics.run_directory import load_runs, read_info
 from dora_dynamics.snapshots import load_baseline, load_weights
 
@@ -45,15 +45,11 @@ def change_of(site: Site, baseline: Tensor, effective: EffectiveWeight) -> Tenso
     before = site.oriented(baseline).to(torch.float64)
     if isinstance(effective, Dense):
         return site.oriented(effective.weight).to(torch.float64) - before
-    B = site.select(effective.B).to(torch.float64)
-    update = effective.scaling * (B @ effective.A.to(torch.float64))
-    if effective.magnitude is None:
-        return update
-    turned = before + update
-    norms = torch.linalg.vector_norm(turned, dim=1, keepdim=True)
-    m = site.select(effective.magnitude).to(torch.float64)[:, None]
-    change: Tensor = m / norms.masked_fill(norms == 0, 1.0) * turned - before
-    return change
+    B, m = site.select(effective.B), effective.magnitude
+    if m is None:  # as it is, and not as the difference of two weights
+        return effective.scaling * (B.to(torch.float64) @ effective.A.to(torch.float64))
+    factors = LowRank(effective.A, B, effective.scaling, site.select(m))
+    return built(before, factors) - before
 
 
 def load_with_rank(paths: Iterable[StrPath]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dora_dynamics.effective.factors import built as built
 from dora_dynamics.effective.peft_layers import acting_layer as acting_layer
 from dora_dynamics.effective.quantized import dequantized as dequantized
 from dora_dynamics.effective.quantized import is_quantized as is_quantized

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
 from dora_dynamics.effective import peft_layers
+from dora_dynamics.effective.factors import built
 from dora_dynamics.effective.private_copy import private_copy, undisturbed
 from dora_dynamics.effective.probe import close, probed_weight, sample_input
 from dora_dynamics.effective.quantized import (
@@ -195,13 +196,7 @@ def _expanded(effective: EffectiveWeight, layer: nn.Module) -> Tensor:
     base = peft_layers.original(layer)
     stored = dequantized(base) if is_quantized(base) else cast("Tensor", base.weight).detach()
     transposed = bool(getattr(layer, "fan_in_fan_out", False))
-    A, B = effective.A.to(torch.float64), effective.B.to(torch.float64)
-    weight = (stored.T if transposed else stored).to(torch.float64) + effective.scaling * (B @ A)
-    if effective.magnitude is not None:
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-        norm = norm.masked_fill(norm == 0, 1.0)
-        weight = effective.magnitude.to(torch.float64).unsqueeze(1) / norm * weight
-    return weight.T if transposed else weight
+    return built(stored.T, effective).T if transposed else built(stored, effective)
 
 
 def _parametrized(module: nn.Module, parameter: str) -> Tensor:

@@ -8,7 +8,7 @@ is taken as it stands: one more all-reduce of these units, no weight read again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ from dora_dynamics._arrays import is_sharded
 from dora_dynamics._kernels import LowRankUpdate, UnitSums, dense_sums_of_all, low_rank_sums_of_all
 from dora_dynamics._kernels.sums import TANGENTIAL_SHARE, from_array
 from dora_dynamics.decomposition import UnitChange, _rescale, unit_change
-from dora_dynamics.effective import Dense, LowRank
+from dora_dynamics.effective import Dense, LowRank, built
 from dora_dynamics.sharded.collectives import added, device_of, joined
 from dora_dynamics.sharded.holding import (
     Adapted,
@@ -187,20 +187,16 @@ def _part(factor: Tensor, whole: dict[int, Tensor], dim: int, wanted: NDArray[np
     return tensor.index_select(dim, index)
 
 
-def _update(block: Block, factors: LowRank, whole: dict[int, Tensor]) -> LowRankUpdate:
-    """The low-rank change of one block."""
-    rows = np.arange(block.row, block.row + len(block.weight))
-    A = _part(factors.A, whole, 1, block.columns).to(block.weight.device)
-    B = _part(factors.B, whole, 0, rows).to(block.weight.device)
-    return LowRankUpdate(block.weight, A, B, factors.scaling)
-
-
-def _turned(block: Block, factors: LowRank, whole: dict[int, Tensor]) -> Tensor:
-    """The block of base + s·B A, in float64."""
-    update = _update(block, factors, whole)
-    A, B = update.A.to(torch.float64), update.B.to(torch.float64)
-    turned: Tensor = update.before.to(torch.float64) + update.scaling * (B @ A)
-    return turned
+def _own_factors(block: Block, factors: LowRank, whole: dict[int, Tensor]) -> LowRank:
+    """The parts of the factors that one block asks for, where it is."""
+    rows, device = np.arange(block.row, block.row + len(block.weight)), block.weight.device
+    m = factors.magnitude
+    return LowRank(
+        A=_part(factors.A, whole, 1, block.columns).to(device),
+        B=_part(factors.B, whole, 0, rows).to(device),
+        scaling=factors.scaling,
+        magnitude=None if m is None else _part(m, whole, 0, rows).to(device),
+    )
 
 
 def _base(weight: Weight) -> DTensor:
@@ -219,7 +215,8 @@ def _turned_norms(
         rows, columns = extent(weight.site, weight.before.shape)
         squares, count = np.zeros(rows), 0
         for block in blocks(weight.site, _base(weight)):
-            turned = _turned(block, factors, whole)
+            own = replace(_own_factors(block, factors, whole), magnitude=None)
+            turned = built(block.weight, own)
             here = slice(block.unit, block.unit + len(turned))
             squares[here] += torch.einsum("nk,nk->n", turned, turned).numpy(force=True)
             count += turned.numel()
@@ -235,13 +232,11 @@ def _built(block: Block, weight: Weight, whole: dict[int, Tensor], norms: Array 
     """The block of W' that an adapter applies, in float64 as an unsharded one is."""
     factors = _factors(weight)
     assert factors is not None
-    turned = _turned(block, factors, whole)
-    if factors.magnitude is None or norms is None:
-        return turned
-    rows = np.arange(block.row, block.row + len(turned))
-    m = _part(factors.magnitude, whole, 0, rows).to(turned)
-    norm = torch.from_numpy(norms[block.unit : block.unit + len(turned)]).to(turned)
-    return (m / norm.masked_fill(norm == 0, 1.0)).unsqueeze(1) * turned
+    norm = None
+    if norms is not None:
+        norm = torch.from_numpy(norms[block.unit : block.unit + len(block.weight)])
+        norm = norm.to(block.weight.device)
+    return built(block.weight, _own_factors(block, factors, whole), norm)
 
 
 def _shares(
@@ -264,7 +259,8 @@ def _shares(
                 alone += dense_sums_of_all([pair])
         elif isinstance(weight.after, LowRank):
             for block in own:
-                update = _update(block, weight.after, whole)
+                factors = _own_factors(block, weight.after, whole)
+                update = LowRankUpdate(block.weight, factors.A, factors.B, factors.scaling)
                 if axis == "input":
                     update = LowRankUpdate(update.before.T, update.B.T, update.A.T, update.scaling)
                 plan.append(("low rank", len(low_rank)))
