@@ -138,7 +138,7 @@ def figure(table: pd.DataFrame) -> Figure:
             known = table[here].dropna(subset=[name])
             ax.errorbar(
                 known[name],
-                known["kind"].map(KINDS.index) + 0.13 * (k - (len(SETTINGS) - 1) / 2),
+                known["kind"].map(KINDS.index).astype(float) + 0.13 * (k - (len(SETTINGS) - 1) / 2),
                 xerr=[known[name] - known[f"{name}_low"], known[f"{name}_high"] - known[name]],
                 fmt=marker,
                 color=colour,
