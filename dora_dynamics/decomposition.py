@@ -17,6 +17,7 @@ from dora_dynamics import _kernels
 from dora_dynamics.errors import InputError
 from dora_dynamics.unit_arithmetic import (
     MEASURES,
+    Measures,
     has_direction,
     measures,
     named,
@@ -73,8 +74,8 @@ class UnitChange:
 
 
 @dataclass(frozen=True)
-class WeightChange:
-    """How one weight changed, reduced over its units, with the per-unit arrays in `units`.
+class WeightChange(Measures):
+    """How one weight changed: the fields of `Measures`, with the per-unit arrays in `units`.
 
     A unit that holds NaN or Inf makes every reduced measure NaN and is counted in `non_finite`:
     such weights are reported, never averaged away. A unit of zero norm has a magnitude but no
@@ -85,29 +86,10 @@ class WeightChange:
     Attributes:
         axis: "output" (one unit per output feature) or "input".
         units: the per-unit arrays.
-        delta_magnitude: ΔM of Eq. 3, the mean over units of |m' − m_0|, in the weight's own units.
-        delta_direction: ΔD of Eq. 4, the mean over units of 1 − cos(w', w_0); from 0 to 2.
-        signed_delta_magnitude: mean over units of m' − m_0; negative where units shrink.
-        relative_delta_magnitude: mean over units of |m' − m_0| / m_0.
-        magnitude_before: mean over units of m_0.
-        update_norm: Frobenius norm of W' − W_0.
-        radial_share: share of the squared update along the units' own directions, from 0 to 1;
-            NaN where nothing changed.
-        zero_units: number of units of zero norm, before or after.
-        non_finite: number of units with NaN or Inf, before or after.
     """
 
     axis: Axis
     units: UnitChange
-    delta_magnitude: float
-    delta_direction: float
-    signed_delta_magnitude: float
-    relative_delta_magnitude: float
-    magnitude_before: float
-    update_norm: float
-    radial_share: float
-    zero_units: int
-    non_finite: int
 
 
 def magnitude(weight: Tensor, axis: Axis = "output") -> NDArray[np.float64]:

@@ -100,7 +100,7 @@ def trajectory_row(
         A value for each of `COLUMN_NAMES`.
     """
     summary = change if isinstance(change, UnitSummary) else summary_of(change)
-    return {
+    values = vars(summary) | {
         "run": run,
         "method": method,
         "step": step,
@@ -109,24 +109,9 @@ def trajectory_row(
         "stack": site.stack,
         "role": site.role,
         "head": head,
-        "units": summary.units,
-        "delta_magnitude": summary.delta_magnitude,
-        "delta_direction": summary.delta_direction,
-        "signed_delta_magnitude": summary.signed_delta_magnitude,
-        "relative_delta_magnitude": summary.relative_delta_magnitude,
-        "magnitude_before": summary.magnitude_before,
-        "update_norm": summary.update_norm,
-        "unit_coupling": summary.unit_coupling,
-        "unit_rank_coupling": summary.unit_rank_coupling,
-        "unit_slope": summary.unit_slope,
-        "signed_unit_coupling": summary.signed_unit_coupling,
-        "signed_unit_rank_coupling": summary.signed_unit_rank_coupling,
-        "signed_unit_slope": summary.signed_unit_slope,
-        "radial_share": summary.radial_share,
         "total_decay": total_decay,
-        "zero_units": summary.zero_units,
-        "non_finite": summary.non_finite,
     }
+    return {name: values[name] for name in COLUMN_NAMES}
 
 
 def to_table(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:

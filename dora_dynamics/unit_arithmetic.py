@@ -6,6 +6,7 @@ magnitude before and after, their difference, 1 − cos, squared update, radial 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,18 +19,38 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NAN: Final = float("nan")
-MEASURES: Final = (
-    "delta_magnitude",
-    "delta_direction",
-    "signed_delta_magnitude",
-    "relative_delta_magnitude",
-    "magnitude_before",
-    "update_norm",
-    "radial_share",
-    "zero_units",
-    "non_finite",
-)
-"""What `measures` returns, as in `decomposition.WeightChange`; the last two are counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """The change of one weight, reduced over its units (Eq. 3 and 4, and what stands beside them).
+
+    Attributes:
+        delta_magnitude: ΔM of Eq. 3, the mean over units of |m' − m_0|, in the weight's own units.
+        delta_direction: ΔD of Eq. 4, the mean over units of 1 − cos(w', w_0); from 0 to 2.
+        signed_delta_magnitude: mean over units of m' − m_0; negative where units shrink.
+        relative_delta_magnitude: mean over units of |m' − m_0| / m_0.
+        magnitude_before: mean over units of m_0.
+        update_norm: Frobenius norm of W' − W_0.
+        radial_share: share of the squared update along the units' own directions, from 0 to 1;
+            NaN where nothing changed.
+        zero_units: number of units of zero norm, before or after.
+        non_finite: number of units with NaN or Inf, before or after.
+    """
+
+    delta_magnitude: float
+    delta_direction: float
+    signed_delta_magnitude: float
+    relative_delta_magnitude: float
+    magnitude_before: float
+    update_norm: float
+    radial_share: float
+    zero_units: int
+    non_finite: int
+
+
+MEASURES: Final = tuple(field.name for field in fields(Measures))
+"""What `measures` returns; the last two are counts."""
 
 
 def unit_arrays(a: Array, e: Array, c: Array, P: Array) -> list[Array]:

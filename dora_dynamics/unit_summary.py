@@ -9,7 +9,7 @@ import numpy as np
 
 from dora_dynamics._arrays import Array, as_numbers, library_of
 from dora_dynamics.correlation import moments, relations
-from dora_dynamics.unit_arithmetic import DIRECTED, MEASURES, TERMS, measures, named, terms
+from dora_dynamics.unit_arithmetic import DIRECTED, TERMS, Measures, measures, named, terms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,25 +19,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class UnitSummary:
+class UnitSummary(Measures):
     """The measures of one weight and the relations across its units.
 
     Attributes:
         units: number of units.
-        delta_magnitude: this and what follows as in `decomposition.WeightChange`.
         unit_coupling: this and what follows as in `trajectory.COLUMNS`.
     """
 
     units: int
-    delta_magnitude: float
-    delta_direction: float
-    signed_delta_magnitude: float
-    relative_delta_magnitude: float
-    magnitude_before: float
-    update_norm: float
-    radial_share: float
-    zero_units: int
-    non_finite: int
     unit_coupling: float
     unit_rank_coupling: float
     unit_slope: float
@@ -46,7 +36,7 @@ class UnitSummary:
     signed_unit_slope: float
 
 
-_NAMES = (*MEASURES, *(f.name for f in fields(UnitSummary)[1 + len(MEASURES) :]))
+_NAMES = tuple(field.name for field in fields(UnitSummary) if field.name != "units")
 
 
 def summary_terms(units: Sequence[Array]) -> Array:
@@ -95,7 +85,7 @@ def finished(sums: FloatArray, counts: Sequence[int]) -> list[UnitSummary]:
         [measures(own, np.array(counts, np.float64)), related[:, 0], related[:, 1]]
     )
     return [
-        UnitSummary(count, **named(_NAMES, column))
+        UnitSummary(units=count, **named(_NAMES, column))
         for count, column in zip(counts, numbers.T.tolist(), strict=True)
     ]
 

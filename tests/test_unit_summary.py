@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
 
 LIBRARIES = [np.asarray, torch.from_numpy]
 RELATIONS = ("pearson", "spearman", "slope")
+COLUMNS = [
+    *(*MEASURES, "unit_coupling", "unit_rank_coupling", "unit_slope"),
+    *("signed_unit_coupling", "signed_unit_rank_coupling", "signed_unit_slope"),
+]
 
 
 def plain(n: int, seed: int = 0) -> Units:
@@ -130,7 +133,7 @@ def numbers_of(units: Any) -> Units:
 
 
 def columns(summaries: list[UnitSummary]) -> Units:
-    return np.array([astuple(one)[1:] for one in summaries]).T
+    return np.array([[getattr(one, name) for name in COLUMNS] for one in summaries]).T
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=["numpy", "torch"])

@@ -75,6 +75,26 @@ class Diagnosis:
     steps: tuple[int, ...]
     error_level: float
 
+    @property
+    def meaning(self) -> str:
+        """The verdict in words."""
+        return _MEANS[self.verdict]
+
+    @property
+    def certainty(self) -> str:
+        """How sure the verdict is and on how much, as a sentence."""
+        basis = (
+            f"{phrases.count(self.layers, 'layer')}, {phrases.count(self.runs, 'run')}, "
+            f"{phrases.count(len(self.steps), 'checkpoint')}"
+        )
+        if self.confidence == "none":
+            return f"Confidence: none, from {basis}."
+        p = "" if math.isnan(self.p_value) else f"p {phrases.p_value(self.p_value)}, "
+        return (
+            f"Confidence: {self.confidence} ({p}from {basis}; false statements in at most "
+            f"{self.error_level:.0%} of such diagnoses)."
+        )
+
     def __str__(self) -> str:
         return _in_words(self)
 
@@ -82,8 +102,8 @@ class Diagnosis:
 def _in_words(diagnosis: Diagnosis) -> str:
     """The whole diagnosis, as `print` shows it."""
     lines = [
-        f"{diagnosis.method}: {diagnosis.verdict} ({_MEANS[diagnosis.verdict]}).",
-        _how_sure(diagnosis),
+        f"{diagnosis.method}: {diagnosis.verdict} ({diagnosis.meaning}).",
+        diagnosis.certainty,
     ]
     for title, sentences in (
         ("Found", diagnosis.found),
@@ -97,17 +117,3 @@ def _in_words(diagnosis: Diagnosis) -> str:
                 for s in sentences
             ]
     return "\n".join(lines)
-
-
-def _how_sure(diagnosis: Diagnosis) -> str:
-    basis = (
-        f"{phrases.count(diagnosis.layers, 'layer')}, {phrases.count(diagnosis.runs, 'run')}, "
-        f"{phrases.count(len(diagnosis.steps), 'checkpoint')}"
-    )
-    if diagnosis.confidence == "none":
-        return f"Confidence: none, from {basis}."
-    p = "" if math.isnan(diagnosis.p_value) else f"p {phrases.p_value(diagnosis.p_value)}, "
-    return (
-        f"Confidence: {diagnosis.confidence} ({p}from {basis}; false statements in at most "
-        f"{diagnosis.error_level:.0%} of such diagnoses)."
-    )

@@ -73,14 +73,13 @@ def _paths(recorded: Recorded, method: str) -> list[Path]:
 
 
 def _in_words(diagnosis: Diagnosis, against: str) -> MethodDiagnosis:
-    verdict, sure = str(diagnosis).splitlines()[:2]  # as `print` begins
     table = diagnosis.table
     ends = " difference low"
     names = [name.removesuffix(ends) for name in table.columns if name.endswith(ends)]
     return MethodDiagnosis(
         method=diagnosis.method,
-        verdict=verdict.removesuffix("."),
-        sure=sure,
+        verdict=f"{diagnosis.method}: {diagnosis.verdict} ({diagnosis.meaning})",
+        sure=diagnosis.certainty,
         against=against,
         found=diagnosis.found,
         advice=diagnosis.advice,
