@@ -768,6 +768,18 @@ class TestBesideTraining:
         assert dd.remeasure(run).equals(recorder.trajectory)
 
 
+def pairs_summed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Bytes of each pair of weights, a list for every call that sums some, from now on."""
+    calls: list[list[int]] = []
+
+    def counting(pairs: list[Any], *more: Any) -> Any:
+        calls.append([before.nbytes + after.nbytes for before, after in pairs])
+        return queue_dense_sums(pairs, *more)
+
+    monkeypatch.setattr(measurement, "queue_dense_sums", counting)
+    return calls
+
+
 class TestCounts:
     """What a recorded step costs, in counts: they hold on any machine."""
 
@@ -775,39 +787,25 @@ class TestCounts:
         self, tiny_transformer: Build, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On a GPU that is a launch for each layout and one transfer (tests/kernels)."""
-        calls: list[int] = []
-        queue = queue_dense_sums
-
-        def counting(pairs: list[Any], *more: Any) -> Any:
-            calls.append(len(pairs))
-            return queue(pairs, *more)
-
-        monkeypatch.setattr(measurement, "queue_dense_sums", counting)
+        calls = pairs_summed(monkeypatch)
         model = tiny_transformer()
         recorder = dd.Recorder(model, ["*.query", "*.key", "*.value", "*.out_proj"], every=2)
         optimizer = adamw(model)
         with recorder.attach(optimizer):
             train(model, optimizer, 6)
-        assert calls == [8] * 4
+        assert [len(sizes) for sizes in calls] == [8] * 4
 
     def test_bytes_read_are_those_of_both_weights(
         self, tiny_transformer: Build, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        read: list[int] = []
-        queue = queue_dense_sums
-
-        def counting(pairs: list[Any], *more: Any) -> Any:
-            read.append(sum(before.nbytes + after.nbytes for before, after in pairs))
-            return queue(pairs, *more)
-
-        monkeypatch.setattr(measurement, "queue_dense_sums", counting)
+        calls = pairs_summed(monkeypatch)
         model = tiny_transformer()
         recorder = dd.Recorder(model, TARGETS, every=1)
         optimizer = adamw(model)
         with recorder.attach(optimizer):
             train(model, optimizer, 1)
         once = sum(weight_of(model, f"layers.{i}.{t}").nbytes for i in (0, 1) for t in TARGETS)
-        assert read == [2 * once] * 2
+        assert [sum(sizes) for sizes in calls] == [2 * once] * 2
 
     @pytest.mark.parametrize("method", METHODS)
     def test_a_step_that_is_not_recorded_looks_nothing_up_again(

@@ -162,7 +162,7 @@ def read_updates(
         if tensor_name(site) in adapted.updates
     }
     for site, update in updates.items():
-        own = () if isinstance(update, Built) else update.stored
+        own = () if isinstance(update, Built) else update.parts
         _check_dtypes(path, site, (base.tensors[tensor_name(site)], *own))
     return updates, adapted
 
@@ -249,7 +249,7 @@ def _planned(base: Base, sites: Sequence[Site], path: Path, step: int) -> Planne
 def site_bytes(base: Base, site: Site, update: Update) -> int:
     """Bytes that are read to measure a site."""
     stored = base.tensors[tensor_name(site)]
-    whole = stored.nbytes + update.nbytes
+    whole = stored.nbytes + sum(part.nbytes for part in update.parts)
     if site.rows is None:
         return whole
     rows = stored.shape[1] if site.stored_transposed else stored.shape[0]

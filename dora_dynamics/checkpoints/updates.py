@@ -42,13 +42,8 @@ class Replaced:
     tensor: StoredTensor
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that are read for it."""
-        return self.tensor.nbytes
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The tensors it is made of."""
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The tensors that are read."""
         return (self.tensor,)
 
 
@@ -70,16 +65,6 @@ class Factors:
     magnitude: Callable[[], Tensor] | None = None
     magnitude_axis: Axis = "output"
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read for it."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The tensors it is made of."""
-        return self.parts
-
 
 @dataclass(frozen=True)
 class Built:
@@ -92,16 +77,6 @@ class Built:
 
     parts: tuple[StoredTensor, ...]
     build: Callable[[Tensor, Site], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read for it."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The tensors it is made of."""
-        return self.parts
 
 
 Update = Replaced | Factors | Built

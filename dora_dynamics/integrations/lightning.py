@@ -6,19 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
+from dora_dynamics.integrations.late_recorder import LateRecorder
 from dora_dynamics.recorder import Recorder
 
 if TYPE_CHECKING:
-    import re
-    from collections.abc import Sequence
-
-    import pandas as pd
     from lightning.pytorch import LightningModule, Trainer
 
-    from dora_dynamics.run_directory import StrPath
 
-
-class RecorderCallback(Callback):
+class RecorderCallback(LateRecorder, Callback):
     """Records a fit: `Trainer(..., callbacks=[RecorderCallback(["query"], run_dir="runs/ft")])`.
 
     The baseline is taken when the fit is set up, before a checkpoint is loaded, so that
@@ -30,39 +25,8 @@ class RecorderCallback(Callback):
         recorder: the recorder, from when a fit is set up.
     """
 
-    def __init__(
-        self,
-        targets: Sequence[str | re.Pattern[str]],
-        *,
-        run_dir: StrPath | None = None,
-        overwrite: bool = False,
-        **options: Any,
-    ) -> None:
-        """Take note of what to record; nothing is read or written yet.
-
-        Args:
-            targets: which weights to follow, as in `Recorder`.
-            run_dir: folder of the run; None keeps the rows in memory only.
-            overwrite: replace a run that `run_dir` already holds, unless the fit resumes.
-            options: the other arguments of `Recorder`.
-        """
-        self.recorder: Recorder | None = None
-        self._targets = targets
-        self._run_dir = run_dir
-        self._overwrite = overwrite
-        self._keep = options.pop("keep", ())
-        self._options = options
-        self._resumed: dict[str, Any] | None = None
-        self._logged: int | None = None
-
-    @property
-    def trajectory(self) -> pd.DataFrame:
-        """The rows taken so far.
-
-        Raises:
-            RuntimeError: no fit has been set up with this callback yet.
-        """
-        return self._made().trajectory
+    _NOT_YET = "nothing is recorded yet: fit with a Trainer that has the callback."
+    _resumed: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the baseline."""
@@ -72,14 +36,8 @@ class RecorderCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the run directory, or go on with the run it holds, and record the first step."""
-        recorder = self._made()
         resume = self._resumed or trainer.global_step or None
-        if self._run_dir is not None:
-            recorder.write_to(
-                self._run_dir, overwrite=self._overwrite, resume=resume, keep=self._keep
-            )
-        elif resume is not None:
-            recorder.continue_from(trainer.global_step)
+        recorder = self._open(resume, trainer.global_step)
         recorder.start(*trainer.optimizers, count_steps=False)
         self._log(trainer)
 
@@ -124,8 +82,3 @@ class RecorderCallback(Callback):
         self._logged = recorder.last_recorded
         for logger in trainer.loggers:
             logger.log_metrics(recorder.metrics, step=trainer.global_step)
-
-    def _made(self) -> Recorder:
-        if self.recorder is None:
-            raise RuntimeError("nothing is recorded yet: fit with a Trainer that has the callback.")
-        return self.recorder

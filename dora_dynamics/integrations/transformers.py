@@ -8,17 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from dora_dynamics.integrations.late_recorder import LateRecorder
 from dora_dynamics.recorder import Recorder
 
 if TYPE_CHECKING:
-    import re
-    from collections.abc import Sequence
-
-    import pandas as pd
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    from dora_dynamics.run_directory import StrPath
 
 _NOTED: Final = (
     "per_device_train_batch_size",
@@ -34,7 +29,7 @@ _NOTED: Final = (
 """Training arguments that `run.json` tells beside the optimizer's own settings."""
 
 
-class RecorderCallback(TrainerCallback):
+class RecorderCallback(LateRecorder, TrainerCallback):
     """Records a Trainer's training: `Trainer(..., callbacks=[RecorderCallback(["query"], ...)])`.
 
     The baseline is taken when the Trainer is made, before a checkpoint is loaded, so that
@@ -43,46 +38,15 @@ class RecorderCallback(TrainerCallback):
     so that each checkpoint has its rows. Means over each role go into the Trainer's own log, and
     so to every logger it reports to, under `dora_dynamics/`.
 
+    The recorder's `seed` and `hyperparameters` are taken from the training arguments where they
+    are not given.
+
     Attributes:
         recorder: the recorder, from when the Trainer is made.
     """
 
-    def __init__(
-        self,
-        targets: Sequence[str | re.Pattern[str]],
-        *,
-        run_dir: StrPath | None = None,
-        overwrite: bool = False,
-        **options: Any,
-    ) -> None:
-        """Take note of what to record; nothing is read or written yet.
-
-        Args:
-            targets: which weights to follow, as in `Recorder`.
-            run_dir: folder of the run; None keeps the rows in memory only.
-            overwrite: replace a run that `run_dir` already holds, unless training resumes.
-            options: the other arguments of `Recorder`. `seed` and `hyperparameters` are taken
-                from the training arguments where they are not given.
-        """
-        self.recorder: Recorder | None = None
-        self._targets = targets
-        self._run_dir = run_dir
-        self._overwrite = overwrite
-        self._keep = options.pop("keep", ())
-        self._options = options
-        self._model: nn.Module | None = None
-        self._logged: int | None = None
-
-    @property
-    def trajectory(self) -> pd.DataFrame:
-        """The rows taken so far.
-
-        Raises:
-            RuntimeError: no Trainer has been made with this callback yet.
-        """
-        if self.recorder is None:
-            raise RuntimeError("nothing is recorded yet: give the callback to a Trainer.")
-        return self.recorder.trajectory
+    _NOT_YET = "nothing is recorded yet: give the callback to a Trainer."
+    _model: nn.Module | None = None
 
     def on_init_end(
         self,
@@ -111,14 +75,7 @@ class RecorderCallback(TrainerCallback):
         _come_first(self)
         if model is not None and (self.recorder is None or self._model is not model):
             self._make_recorder(args, model)  # added late, or the model is made by model_init
-        recorder = self._made()
-        resumed = state.global_step or None
-        if self._run_dir is not None:
-            recorder.write_to(
-                self._run_dir, overwrite=self._overwrite, resume=resumed, keep=self._keep
-            )
-        elif resumed is not None:
-            recorder.continue_from(resumed)
+        recorder = self._open(state.global_step or None, state.global_step)
         recorder.start(optimizer, count_steps=False)
 
     def on_step_end(
@@ -169,11 +126,6 @@ class RecorderCallback(TrainerCallback):
         options["hyperparameters"] = noted | dict(options.get("hyperparameters") or {})
         self._model = model
         self.recorder = Recorder(model, self._targets, **options)
-
-    def _made(self) -> Recorder:
-        if self.recorder is None:
-            raise RuntimeError("the Trainer never said that its training began.")
-        return self.recorder
 
 
 def _come_first(callback: TrainerCallback) -> None:

@@ -122,8 +122,8 @@ def panels(
     by: str,
     style: Style,
     ax: Drawable,
-    groups: Sequence[str],
-    roles: Sequence[str],
+    *,
+    order: pd.DataFrame,
 ) -> tuple[Figure, list[Panel]]:
     """A grid with a block of panels per role and a panel per group in it.
 
@@ -135,13 +135,13 @@ def panels(
         by: Column whose values are the groups.
         style: Sizes of a new figure.
         ax: As many axes as there are panels, to draw into; a new figure where None.
-        groups: The values of `by`, in the order of their panels.
-        roles: The roles, in the order of their blocks; not used where `by` is the role.
+        order: The table the rows are of: its categories order the panels.
 
     Raises:
         InputError: The axes are too few or too many, or belong to no figure.
     """
     group_of = rows[by]
+    groups, roles = order_of(order, by, group_of), order_of(order, "role", rows["role"])
     if by == "role":
         rows, roles = rows.assign(role=""), [""]
     keys = [(group, role) for role in roles for group in groups]

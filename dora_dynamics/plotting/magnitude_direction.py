@@ -19,7 +19,6 @@ from dora_dynamics.plotting._panels import (
     finite,
     label_outer,
     legends,
-    order_of,
     panels,
 )
 from dora_dynamics.plotting._style import (
@@ -104,11 +103,7 @@ def magnitude_direction(
     layers = Layers.of(rows)
     unit = str(trajectory.attrs.get("axis", "output"))
     with context(look):
-        groups, roles = (
-            order_of(trajectory, by, rows[by]),
-            order_of(trajectory, "role", rows["role"]),
-        )
-        figure, drawn = panels(rows, by, look, ax, groups, roles)
+        figure, drawn = panels(rows, by, look, ax, order=trajectory)
         crowd = max(len(panel.rows) for panel in drawn)
         area = look.marker_area * min(1.0, max(0.3, math.sqrt(_CROWDED / crowd)))
         said = []

@@ -18,7 +18,6 @@ from dora_dynamics.plotting._panels import (
     label_outer,
     legends,
     line_marker,
-    order_of,
     panels,
 )
 from dora_dynamics.plotting._style import LINE_COLOUR, Style, StyleName, context, style_named
@@ -94,11 +93,7 @@ def trajectories(
     layers, stacks = Layers.of(rows), in_order(rows["stack"])
     unit = str(trajectory.attrs.get("axis", "output"))
     with context(look):
-        groups, roles = (
-            order_of(trajectory, by, rows[by]),
-            order_of(trajectory, "role", rows["role"]),
-        )
-        figure, drawn = panels(rows, by, look, ax, groups, roles)
+        figure, drawn = panels(rows, by, look, ax, order=trajectory)
         for panel in drawn:
             _lines(panel, measure, layers, stacks, look)
         label_outer(drawn, "step", f"{_LABELS[measure]} (mean over {unit} units)")

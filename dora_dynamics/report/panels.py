@@ -28,6 +28,8 @@ from dora_dynamics.plotting._style import LINE_COLOUR
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from bokeh.models.renderers import GlyphRenderer
+
 Kind = Literal["paper", "steps", "trajectories", "heat", "by_layer", "cloud", "heads"]
 
 MOST_ROLE_ROWS: Final = 3
@@ -205,16 +207,19 @@ def _scatter(plot: figure, panel: Panel) -> None:
     )
     ring.level = "overlay"
     ring.tags = ["ink"]
-    plot.add_tools(
-        HoverTool(
-            renderers=[drawn],
-            tooltips=_TIPS[panel.kind],
-            formatters=_PRINTED,
-            point_policy="snap_to_data",
-            limit=_MOST_TIPS,
-        ),
-        TapTool(renderers=[drawn]),
+    _point_at(plot, panel, drawn, point_policy="snap_to_data")
+
+
+def _point_at(plot: figure, panel: Panel, drawn: GlyphRenderer[Any], **policy: Any) -> None:
+    """What is drawn tells what it is where one points at it, and can be chosen."""
+    tips = HoverTool(
+        renderers=[drawn],
+        tooltips=_TIPS[panel.kind],
+        formatters=_PRINTED,
+        limit=_MOST_TIPS,
+        **policy,
     )
+    plot.add_tools(tips, TapTool(renderers=[drawn]))
 
 
 def _paper(plot: figure, panel: Panel) -> None:
@@ -263,16 +268,7 @@ def _trajectories(plot: figure, panel: Panel) -> None:
     plot.add_layout(
         Span(dimension="height", location=0, line_width=1, line_dash="dashed", tags=["ink", "now"])
     )
-    plot.add_tools(
-        HoverTool(
-            renderers=[lines],
-            tooltips=_TIPS[panel.kind],
-            formatters=_PRINTED,
-            line_policy="nearest",
-            limit=_MOST_TIPS,
-        ),
-        TapTool(renderers=[lines]),
-    )
+    _point_at(plot, panel, lines, line_policy="nearest")
 
 
 def _image(plot: figure, panel: Panel) -> None:

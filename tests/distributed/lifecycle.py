@@ -39,6 +39,16 @@ def mesh_of(device: str) -> Any:
     return init_device_mesh(device, (dist.get_world_size(),))
 
 
+def after_a_step(model: Any, recorder: dd.Recorder, twin: Twin) -> float:
+    """How far the table of one step is from that of a twin."""
+    twin.follow(model, 0)
+    optimizer = optimizer_of(model)
+    with recorder.attach(optimizer):
+        step_with(model, optimizer, 0)
+    twin.follow(model, 1)
+    return table_difference(recorder.trajectory, twin.recorder.trajectory)
+
+
 def made_early(device: str) -> float:
     """A recorder made before the model is sharded keeps its own part of W_0 only."""
     worst = 0.0
@@ -49,14 +59,9 @@ def made_early(device: str) -> float:
             source = dd.capture_baseline(net(device), TARGETS) if given else None
             recorder = dd.Recorder(model, TARGETS, baseline=source)
             by_fsdp(model, mesh_of(device))
-            twin.follow(model, 0)
-            optimizer = optimizer_of(model)
-            with recorder.attach(optimizer):
-                step_with(model, optimizer, 0)
-            twin.follow(model, 1)
+            worst = max(worst, after_a_step(model, recorder, twin))
             held = list(recorder._baseline.weights.values())
             assert all(isinstance(weight, DTensor) for weight in held)
-            worst = max(worst, table_difference(recorder.trajectory, twin.recorder.trajectory))
     return worst
 
 
@@ -72,12 +77,7 @@ def loaded_by_the_first(device: str) -> float:
     recorder = dd.Recorder(model, TARGETS)
     model.load_state_dict(right.state_dict())
     by_fsdp(model, mesh_of(device))
-    twin.follow(model, 0)
-    optimizer = optimizer_of(model)
-    with recorder.attach(optimizer):
-        step_with(model, optimizer, 0)
-    twin.follow(model, 1)
-    return table_difference(recorder.trajectory, twin.recorder.trajectory)
+    return after_a_step(model, recorder, twin)
 
 
 def resumed(device: str) -> float:
