@@ -133,16 +133,27 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
     if not table.columns.is_unique:
         twice = table.columns[table.columns.duplicated()].unique()
         raise TrajectoryError(f"the table has the column(s) {', '.join(twice)} more than once.")
-    typed = table.copy()
+    extra = [name for name in table.columns if name not in COLUMN_NAMES]
+    return typed(table)[[*COLUMN_NAMES, *extra]]
+
+
+def typed(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy of `table`, those columns of a trajectory that it has in their types.
+
+    Raises:
+        TrajectoryError: a column holds a value of the wrong kind.
+    """
+    found = table.copy()
     for column in COLUMNS:
+        if column.name not in table.columns:
+            continue
         try:
-            typed[column.name] = _typed(table[column.name], column)
+            found[column.name] = _typed(table[column.name], column)
         except (TypeError, ValueError) as error:
             raise TrajectoryError(
                 f"column {column.name!r} must hold {_KIND_IN_WORDS[column.kind]}: {error}."
             ) from error
-    extra = [name for name in table.columns if name not in COLUMN_NAMES]
-    return typed[[*COLUMN_NAMES, *extra]]
+    return found
 
 
 _OPTIONAL_INTEGERS: Final = frozenset({"layer", "head"})

@@ -449,7 +449,7 @@ def test_the_interval_of_the_mean_change_speaks_of_what_the_verb_says(
         text = " ".join(str(diagnose(rows, reference=None)).split())
         found = re.search(rf"Magnitudes {verb} by (\S+)% on the mean \[(\S+)%, (\S+)%\]", text)
         assert found is not None
-        said[verb] = [float(number) for number in found.groups()]
+        said[verb] = [float(number.replace("−", "-")) for number in found.groups()]
     mean, low, high = said["grow"]
     assert low < 0 < mean < high
     assert high > 1.2 * abs(low)
@@ -462,6 +462,76 @@ def test_a_reference_without_the_roles_is_named_as_the_reference(
     said = " ".join(str(diagnose(tables["turning"].assign(role="elsewhere"), references)).split())
     for name in references["method"].unique():
         assert f"the reference's {name} has no weight of role elsewhere: not compared." in said
+
+
+def test_nothing_depends_on_the_order_of_runs_and_rows(
+    tables: dict[Kind, pd.DataFrame], references: pd.DataFrame
+) -> None:
+    own = runs_of(tables["turning"], 0, 1)
+    found = diagnose(own, references)
+    again = diagnose(own[::-1], references.sample(frac=1, random_state=0))
+    assert str(again).splitlines()[:7] == str(found).splitlines()[:7]
+    pd.testing.assert_frame_equal(again.table[found.table.columns], found.table, check_exact=True)
+
+
+def test_a_copy_of_a_run_is_no_evidence(
+    tables: dict[Kind, pd.DataFrame], references: pd.DataFrame
+) -> None:
+    once = runs_of(tables["own magnitude"], 0)
+    twice = pd.concat([once, once.assign(run="a copy")])
+    found = diagnose(twice, reference=None)
+    assert found.runs == 1
+    assert found.confidence != "high"
+    assert "run own magnitude-seed0 holds the same numbers as a copy: counted once." in str(found)
+    alone = diagnose(once.assign(run="a copy"), reference=None)
+    pd.testing.assert_frame_equal(found.table, alone.table, check_exact=True)
+    with_itself = diagnose(once, pd.concat([references, once]))
+    assert set(with_itself.placement.differs if with_itself.placement else {}) == {"LoRA", "FT"}
+
+
+def test_recorded_runs_without_the_roles_are_not_said_to_be_compared(
+    tables: dict[Kind, pd.DataFrame],
+) -> None:
+    found = diagnose(tables["turning"].assign(role="elsewhere"))
+    [note] = found.warnings
+    assert note.startswith(
+        "compared with nothing: the project's own runs follow query, value, and these elsewhere."
+    )
+
+
+def test_a_reference_without_a_usable_row_is_named(
+    tables: dict[Kind, pd.DataFrame], references: pd.DataFrame
+) -> None:
+    lost = references.assign(
+        delta_magnitude=references["delta_magnitude"].where(references["method"] != "FT")
+    )
+    found = diagnose(tables["turning"], lost)
+    assert any(note.startswith("the reference's FT has no late checkpoint") for note in
+               found.warnings)  # fmt: skip
+    assert "FT" not in found.table
+    assert "LoRA" in found.table
+
+
+def test_what_is_not_defined_is_said_to_be(tables: dict[Kind, pd.DataFrame]) -> None:
+    rows = tables["own magnitude"]
+    apart = rows.assign(role=rows["role"] + rows["layer"].astype(str))  # a layer a role
+    said = " ".join(str(diagnose(apart, reference=None)).split())
+    assert "Across layers r is not defined; across the units inside a weight r = " in said
+    assert "nan" not in said
+
+
+def test_a_share_of_decay_beyond_the_largest_is_said_to_be(
+    tables: dict[Kind, pd.DataFrame],
+) -> None:
+    found = diagnose(tables["own magnitude"].assign(total_decay=5.0), reference=None)
+    assert "Weight decay alone would give twice ΔM or more." in found.found
+
+
+def test_columns_of_text_are_refused(tables: dict[Kind, pd.DataFrame]) -> None:
+    rows = tables["turning"].astype({"delta_magnitude": str})
+    assert diagnose(rows, reference=None).verdict == "LoRA-like"  # numbers written as text
+    with pytest.raises(InputError, match="'delta_magnitude' must hold numbers"):
+        diagnose(rows.assign(delta_magnitude="much"), reference=None)
 
 
 def test_simulation_writes_its_table_and_figure(

@@ -88,8 +88,10 @@ def replicate(
         rng: where they are drawn from.
 
     Returns:
-        For every method its replicates; what belongs to `layers` is shared where the layers are.
+        For every method its replicates, the same in whatever order the methods are given; what
+        belongs to `layers` is shared where the layers are.
     """
+    methods = dict(sorted(methods.items()))
     found = {}
     common = max(readings.layers for readings in methods.values())
     shared = _drawn(common, resamples, rng) if shared_layers else None

@@ -13,6 +13,7 @@ import pandas as pd
 from dora_dynamics.diagnosis.references import recorded_runs, same_weights
 from dora_dynamics.errors import InputError
 from dora_dynamics.statistics import layer_codes, select_checkpoints
+from dora_dynamics.trajectory import typed
 
 if TYPE_CHECKING:
     from dora_dynamics._cell import IntArray
@@ -22,6 +23,7 @@ Runs: TypeAlias = pd.DataFrame | str | os.PathLike[str] | Iterable[str | os.Path
 MINIMUM_LAYERS: Final = 4
 RECORDED: Final = "recorded"
 _MEASURES: Final = ("delta_magnitude", "delta_direction")
+_ORDER: Final = ("run", "layer", "stack", "role", "site", "head", "step")
 _NEEDED: Final = (
     *("run", "method", "step", "site", "role", *_MEASURES, "signed_delta_magnitude"),
     *("magnitude_before", "unit_coupling", "signed_unit_coupling", "unit_slope"),
@@ -119,23 +121,27 @@ def gather(
     if isinstance(reference, str) and reference == RECORDED:
         against, binding = others, not others.empty
         if others.empty:
-            against = recorded_runs(decays=bool((own["total_decay"] > 0).any()))
-            notes.append(
-                "compared with the project's own runs (MiniLM, docstrings): model, task and recipe "
-                "differ from yours, so that a difference can be theirs. Record FT and LoRA with "
-                "your recipe and pass them as the reference."
-            )
+            against = _recorded(own, notes)
     elif reference is None:
         against = others
     else:
         against = pd.concat([others, _table(reference, "reference")], ignore_index=True)
-        if name in set(against["method"]):
-            notes.append(f"the reference holds runs of {name!r} too; they are a reference as well.")
 
-    kept = {
-        str(key): _usable(group, checkpoints)
-        for key, group in against.groupby("method", sort=False)
-    }
+    own, seen = _without_copies(own, {}, notes)
+    kept = {}
+    for key, group in against.groupby("method", sort=False):
+        usable = _usable(group, checkpoints)
+        if usable.empty:
+            notes.append(
+                f"the reference's {key} has no late checkpoint with a weight that is finite and "
+                "changed: not compared."
+            )
+            continue
+        distinct, _ = _without_copies(usable, seen if key == name else {}, notes)
+        if not distinct.empty:
+            kept[str(key)] = distinct
+    if name in kept:
+        notes.append(f"the reference holds runs of {name!r} too; they are a reference as well.")
     references, compared = _common_roles(own, kept, notes)
     lacking = tuple(_lacking(rows, own))
     paired = bool(references) and all(same_weights(compared, t) for t in references.values())
@@ -154,6 +160,7 @@ def _table(runs: Runs, what: str) -> pd.DataFrame:
         raise InputError(f"the {what} lacks the column(s) {', '.join(missing)}.")
     if runs.empty:
         raise InputError(f"the {what} has no rows.")
+    runs = typed(runs)
     place = ["run", "step", "site", "role", *(["head"] if "head" in runs else [])]
     repeated = runs.duplicated(["method", *place])
     if repeated.any():
@@ -175,9 +182,55 @@ def _finite(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _usable(rows: pd.DataFrame, checkpoints: int) -> pd.DataFrame:
-    """Rows at late checkpoints that have something to say."""
+    """Rows at late checkpoints that have something to say, in an order of their own.
+
+    Whatever order runs are given in, the resamples draw the same ones.
+    """
     late = select_checkpoints(rows, count=checkpoints, kind="late")
-    return _finite(late).reset_index(drop=True)
+    order = [name for name in _ORDER if name in rows]
+    return _finite(late).sort_values(order, kind="stable", ignore_index=True)
+
+
+def _without_copies(
+    rows: pd.DataFrame, seen: dict[bytes, str], notes: list[str]
+) -> tuple[pd.DataFrame, dict[bytes, str]]:
+    """One of any runs of a method that hold the same numbers, so that a copy is no evidence.
+
+    Args:
+        rows: of one method, in the order of `_usable`.
+        seen: the runs that count already, by what they hold.
+        notes: where copies are told.
+
+    Returns:
+        The rows of runs that are no copies, and `seen` with these.
+    """
+    what = [name for name in (*_ORDER[1:], *_MEASURES, "signed_delta_magnitude") if name in rows]
+    seen, copies = dict(seen), []
+    for key, run in rows.groupby("run", sort=False):
+        held = pd.util.hash_pandas_object(run[what], index=False).to_numpy().tobytes()
+        if held in seen:
+            copies.append(key)
+            notes.append(f"run {key} holds the same numbers as {seen[held]}: counted once.")
+        seen.setdefault(held, str(key))
+    return rows[~rows["run"].isin(copies)].reset_index(drop=True), seen
+
+
+def _recorded(own: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The project's own runs, as the method was trained; no rows where they have no role of it."""
+    against = recorded_runs(decays=bool((own["total_decay"] > 0).any()))
+    wanted = "Record FT and LoRA with your recipe and pass them as the reference."
+    roles, theirs = sorted(set(own["role"])), sorted(set(against["role"]))
+    if not own.empty and not set(roles) & set(theirs):
+        notes.append(
+            f"compared with nothing: the project's own runs follow {', '.join(theirs)}, and these "
+            f"{', '.join(roles)}. {wanted}"
+        )
+        return against[:0]
+    notes.append(
+        "compared with the project's own runs (MiniLM, docstrings): model, task and recipe differ "
+        f"from yours, so that a difference can be theirs. {wanted}"
+    )
+    return against
 
 
 def _common_roles(

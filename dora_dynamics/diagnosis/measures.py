@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Scale = Literal["plain", "fisher_z", "asinh"]
 
+LARGEST_SHARE: Final = 2.0  # of ΔM: what larger ones say is that other parts work against them
 _LARGEST_R: Final = 0.99
 
 
@@ -56,14 +57,14 @@ MEASURES: Final[tuple[Measure, ...]] = (
     Measure("r within_layer", "r across checkpoints, in one layer", "fisher_z", 0.1),
     Measure("r units", "r across the units inside a weight", "fisher_z", 0.1),
     Measure("signed r units", "r units with signed ΔM", "fisher_z", 0.1),
-    Measure("slope within_step", "slope across layers, in units of m_0", "asinh", 0.2),
-    Measure("slope units", "slope across units, in units of m_0; turning alone: 1", "asinh", 0.2),
-    Measure("signed ΔM / m_0", "relative change of the magnitude; negative: it shrinks"),
+    Measure("slope within_step", "slope across layers, in units of m₀", "asinh", 0.2),
+    Measure("slope units", "slope across units, in units of m₀; turning alone: 1", "asinh", 0.2),
+    Measure("signed ΔM / m₀", "relative change of the magnitude; negative: it shrinks"),
     Measure("signed ΔM / ΔM", "1 if all units grow, −1 if all shrink", "plain", 0.05),
-    Measure("radial share", "share of ‖W' − W_0‖² along the units' own directions", "plain", 0.02),
+    Measure("radial share", "share of ‖W' − W₀‖² along the units' own directions", "plain", 0.02),
     Measure("decay share", "ΔM that weight decay alone gives, over ΔM", "plain", 0.05),
     Measure("turning share", "ΔM that turning alone gives, over ΔM", "plain", 0.05),
-    Measure("effective rank", "of W' − W_0, over the largest possible", "plain", 0.05),
+    Measure("effective rank", "of W' − W₀, over the largest possible", "plain", 0.05),
 )
 
 BY_NAME: Final = {measure.name: measure for measure in MEASURES}
@@ -99,7 +100,7 @@ def row_measures(frame: pd.DataFrame) -> dict[str, FloatArray]:
     decayed = -np.expm1(-column("total_decay"))
     with np.errstate(all="ignore"):
         turning = turned / (1 - turned)
-        decay_share = np.clip(decayed * m_0 / change, 0.0, 2.0)
+        decay_share = np.clip(decayed * m_0 / change, 0.0, LARGEST_SHARE)
         by_decay = np.where(decayed > 0, signed / (-decayed * m_0), np.nan)
         predicted = (1 - decayed) / (1 - turned) - 1
         by_both = np.where((decayed > 0) & (predicted < 0), signed / (predicted * m_0), np.nan)
@@ -107,11 +108,11 @@ def row_measures(frame: pd.DataFrame) -> dict[str, FloatArray]:
             "r units": column("unit_coupling"),
             "signed r units": column("signed_unit_coupling"),
             "slope units": column("unit_slope") / m_0,
-            "signed ΔM / m_0": signed / m_0,
+            "signed ΔM / m₀": signed / m_0,
             "signed ΔM / ΔM": signed / change,
             "radial share": column("radial_share"),
             "decay share": decay_share,
-            "turning share": np.clip(turning * m_0 / change, 0.0, 2.0),
+            "turning share": np.clip(turning * m_0 / change, 0.0, LARGEST_SHARE),
             "decay fit": by_decay,
             "decay and turning fit": by_both,
             "own radial share": column("radial_share") * (1 - np.minimum(decay_share, 1.0) ** 2),

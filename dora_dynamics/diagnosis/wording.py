@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dora_dynamics.diagnosis.measures import LARGEST_SHARE
 from dora_dynamics.diagnosis.phrases import count, p_value
 
 if TYPE_CHECKING:
@@ -42,28 +43,35 @@ class Facts:
 def findings(facts: Facts) -> tuple[str, ...]:
     """What the evidence says, one sentence or two each."""
     said = [_origin(facts)]
-    across = _interval(*facts.measure("r within_step"), "+.2f")
     inside = _interval(*facts.measure("r units"), "+.2f")
-    slope = facts.measure("slope within_step")[0]
-    said.append(
-        f"Across layers r = {across}, slope {slope:+.2g} m_0; across the units inside a weight "
-        f"r = {inside}."
-    )
-    signed, low, high = facts.measure("signed ΔM / m_0")
-    change = "shrink" if signed < 0 else "grow"
-    bounds = (-high, -low) if signed < 0 else (low, high)  # of what the verb says
-    said.append(
-        f"Magnitudes {change} by {100 * abs(signed):.2g}% on the mean "
-        f"[{100 * bounds[0]:.2g}%, {100 * bounds[1]:.2g}%]; "
-        f"{facts.measure('radial share')[0]:.1%} of the squared update lies along the units' own "
-        "directions."
-    )
+    said.append(f"{_across(facts)}; across the units inside a weight r {inside}.")
+    signed, low, high = facts.measure("signed ΔM / m₀")
+    if math.isfinite(signed):
+        change = "shrink" if signed < 0 else "grow"
+        bounds = (-high, -low) if signed < 0 else (low, high)  # of what the verb says
+        said.append(
+            f"Magnitudes {change} by {100 * abs(signed):.2g}% on the mean "
+            f"[{_minus(f'{100 * bounds[0]:.2g}%, {100 * bounds[1]:.2g}%')}]; "
+            f"{facts.measure('radial share')[0]:.1%} of the squared update lies along the units' "
+            "own directions."
+        )
     if facts.decays and facts.verdict != "decay":
-        share = _interval(*facts.measure("decay share"), ".2f")
-        said.append(f"Weight decay alone would give {share} of ΔM.")
+        share, low, high = facts.measure("decay share")
+        given = f"{share:.2f} [{low:.2f}, {high:.2f}] of ΔM"
+        if share > LARGEST_SHARE - 0.005:
+            given = "twice ΔM or more"
+        said.append(f"Weight decay alone would give {given}.")
     if facts.placement is not None or facts.material.references:
         said.extend(_comparison(facts))
     return tuple(said)
+
+
+def _across(facts: Facts) -> str:
+    r = _interval(*facts.measure("r within_step"), "+.2f")
+    slope = facts.measure("slope within_step")[0]
+    if math.isnan(slope):
+        return f"Across layers r {r}"
+    return f"Across layers r {r}, slope {_minus(f'{slope:+.2g}')} m₀"
 
 
 def _origin(facts: Facts) -> str:
@@ -85,8 +93,10 @@ def _comparison(facts: Facts) -> list[str]:
     said = []
     placement = facts.placement
     if placement is not None and not math.isnan(placement.position):
-        where = _interval(placement.position, placement.low, placement.high, ".2f")
-        said.append(f"On the way from {facts.lora} (0) to {facts.ft} (1) it stands at {where}.")
+        where = f"{placement.position:.2f} [{placement.low:.2f}, {placement.high:.2f}]"
+        said.append(
+            f"On the way from {facts.lora} (0) to {facts.ft} (1) it stands at {_minus(where)}."
+        )
     elif placement is not None and facts.material.repeated:
         said.append(
             f"No measure tells {facts.ft} from {facts.lora} in these references, so that there is "
@@ -112,7 +122,7 @@ def advice(facts: Facts) -> tuple[str, ...]:
     tips = []
     if facts.verdict == "decay":
         tips.append(
-            "Run with weight decay 0 before reading anything into the slope: it is that of m_0."
+            "Run with weight decay 0 before reading anything into the slope: it is that of m₀."
         )
     if not facts.decay_known:
         tips.append(
@@ -145,7 +155,17 @@ def advice(facts: Facts) -> tuple[str, ...]:
 
 
 def _interval(value: float, low: float, high: float, form: str) -> str:
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+    """What stands behind the name of an estimate."""
+    if math.isnan(value):
+        return "is not defined"
+    if math.isnan(low) or math.isnan(high):
+        return _minus(f"= {value:{form}} (no interval)")
+    return _minus(f"= {value:{form}} [{low:{form}}, {high:{form}}]")
+
+
+def _minus(text: str) -> str:
+    """Numbers with a true minus, as in the figures."""
+    return text.replace("-", "−")
 
 
 def _are(number: int, word: str) -> str:
