@@ -78,7 +78,8 @@ def _reading(
     model: Any, layers: dict[str, Any], before: dict[str, torch.Tensor]
 ) -> tuple[str, str, str]:
     from dora_dynamics.effective import NoDenseWeightError
-    from dora_dynamics.effective.peft_layers import how_read, refuse_model
+    from dora_dynamics.effective.peft_layers import refuse_model
+    from dora_dynamics.effective.peft_weights import how_read
 
     try:
         refuse_model(model)

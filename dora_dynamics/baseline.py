@@ -21,7 +21,7 @@ from dora_dynamics.errors import InputError
 from dora_dynamics.sharded import Adapted, ShardingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
@@ -75,6 +75,7 @@ class Baselines:
         self._followed = followed
         self._versions: dict[str, int] = {}
         self._shared: set[str] = set()
+        self._probed: set[str] = set()
         self._quantized = {n: k for n, where in followed.items() if (k := where.quantization())}
         if source is None:
             refuse_rewritten(model, followed)
@@ -174,7 +175,8 @@ class Baselines:
         is_base = name in self._shared or (name in self._quantized and not self._given)
         if is_sharded(weight):
             return weight, self._sharded_weight(name, is_base=is_base)
-        effective = where.effective() if is_base else Dense(where.dense())
+        probe = name in self._probed
+        effective = where.effective(probe=probe) if is_base else where.effective_dense(probe=probe)
         if not isinstance(effective, Dense):
             return weight, effective
         now, stored = effective.weight, where.stored()
@@ -186,7 +188,11 @@ class Baselines:
         as_loaded = weight.dtype if stored is None else _as_loaded(weight, stored)
         common = torch.promote_types(as_loaded, now.dtype)
         here = weight.to(now.device, non_blocking=weight.device.type == "cpu")
-        return here.to(as_loaded).to(common), Dense(now.to(common))
+        return here.to(as_loaded).to(common), Dense(now.to(common), effective.checks)
+
+    def probe(self, names: Iterable[str]) -> None:
+        """Read the effective weights of these tensors by probing from now on."""
+        self._probed.update(names)
 
     def passing_bytes(self, name: str, weight: Tensor, effective: EffectiveWeight | Adapted) -> int:
         """Bytes of what `pair` returned that are in memory only to be measured."""
@@ -200,7 +206,12 @@ class Baselines:
     @property
     def is_on_gpu(self) -> bool:
         """Whether weights are measured on a GPU, which works while the host goes on."""
-        return any(self._device_of(name).type == "cuda" for name in self._followed)
+        return "cuda" in self.device_types
+
+    @property
+    def device_types(self) -> set[str]:
+        """Where weights are measured: "cuda", "cpu" and so on."""
+        return {self._device_of(name).type for name in self._followed}
 
     def _device_of(self, name: str) -> torch.device:
         stored = self._followed[name].stored()

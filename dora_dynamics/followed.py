@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dora_dynamics.effective import (
+    Dense,
     EffectiveWeight,
     acting_layer,
     base_weight,
     dense_weight,
-    effective_weight,
     is_merged,
     magnitude_parameter,
     method_of,
     quantization_below,
+    read_dense,
+    read_effective,
     stored_parameter,
 )
 from dora_dynamics.errors import InputError
@@ -43,9 +45,16 @@ class Followed:
         """What lies below any adapter at this moment, decoded where it is quantised; detached."""
         return base_weight(self.module, self.parameter)
 
-    def effective(self) -> EffectiveWeight:
-        """What the module applies at this moment, by an adapter's factors where it has them."""
-        return effective_weight(self.module, self.parameter)
+    def effective(self, *, probe: bool = False) -> EffectiveWeight:
+        """What the module applies at this moment, by an adapter's factors where it has them.
+
+        The checks of a dense weight are not looked at yet; `probe` as in `read_effective`.
+        """
+        return read_effective(self.module, self.parameter, probe=probe)
+
+    def effective_dense(self, *, probe: bool = False) -> Dense:
+        """As `effective`, in full."""
+        return read_dense(self.module, self.parameter, probe=probe)
 
     def dense(self) -> Tensor:
         """What the module applies at this moment, as one tensor, detached."""

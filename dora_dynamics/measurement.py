@@ -22,7 +22,8 @@ from dora_dynamics.decomposition import (
     low_rank_change,
     weight_change,
 )
-from dora_dynamics.effective import Dense
+from dora_dynamics.effective import Check, Dense, LowRank
+from dora_dynamics.effective.factors import built
 from dora_dynamics.sharded import Adapted
 from dora_dynamics.unit_arithmetic import MEASURES, rescaled, unit_arrays
 from dora_dynamics.unit_batches import Ranges, batched_sums, length, positions
@@ -123,14 +124,26 @@ class Measurement:
         self._sites: list[tuple[torch.device, Ranges]] = []
         self._columns: dict[torch.device, tuple[list[int], Callable[[], FloatArray]]] = {}
         self._units: dict[torch.device, Callable[[], FloatArray]] = {}
+        self._checks: dict[torch.device, list[Check]] = {}
+        self._answers: list[tuple[list[Check], Callable[[], FloatArray]]] = []
+
+    def passing_bytes(self, before: Tensor, effective: EffectiveWeight | Adapted) -> int:
+        """Bytes that `add` takes to build W' and its W_0: of a DoRA with units of the input.
+
+        DoRA scales the outputs, which mixes units of the input, so that factors do not do.
+        """
+        is_dora = isinstance(effective, LowRank) and effective.magnitude is not None
+        return 16 * before.numel() if is_dora and self._axis == "input" else 0
 
     def add(self, weights: Iterable[Triple]) -> None:
-        """Begin to sum these weights.
+        """Begin to sum these weights, and take their checks along.
 
         They may be changed afterwards, by work that is queued behind this, but for DoRA's
         magnitudes: those not before `start`.
         """
         weights = list(weights)
+        for check in dict.fromkeys(check for _, _, w in weights for check in checks_of(w)):
+            self._checks.setdefault(check.holds.device, []).append(check)
         if self._axis == "input":
             groups = [[weight] for weight in weights]
             spans = [site for site, _, _ in weights]
@@ -157,11 +170,30 @@ class Measurement:
                 self._columns[device] = [here[i] for i in order], self._bring(found)
                 if self._keep_units:
                     self._units[device] = self._bring(units)
+            for device, checks in self._checks.items():
+                holds = torch.stack([check.holds for check in checks]).to(torch.float64)
+                on_host = device.type == "cpu"
+                self._answers.append((checks, self._bring(holds.numpy() if on_host else holds)))
             self._transfer.start()
         self._parts.clear()
 
+    def failed_checks(self) -> list[Check]:
+        """The checks of the weights that do not hold; waits for the transfer if there are any."""
+        return [
+            check
+            for checks, get in self._answers
+            for check, holds in zip(checks, get(), strict=True)
+            if not holds
+        ]
+
     def finish(self) -> list[Measured]:
-        """Wait, and give the changes in the order in which the sites were added; in any thread."""
+        """Wait, and give the changes in the order in which the sites were added; in any thread.
+
+        Raises:
+            NoDenseWeightError: a check of a weight does not hold.
+        """
+        for check in self.failed_checks():
+            raise check.otherwise
         found: dict[int, UnitSummary] = {}
         for order, get in self._columns.values():
             counts = [length(self._sites[i][1]) for i in order]
@@ -197,11 +229,17 @@ class Measurement:
             fits = _is_matrix(before) and (B.shape[0], A.shape[1]) == before.shape
             if not fits or A.shape[0] != B.shape[1]:
                 continue
+            if m is not None and self._axis == "input":
+                if (scale := site.select(m)).shape == (len(B),):
+                    base = before.to(torch.float64)
+                    after = built(base, replace(effective, B=B, magnitude=scale))
+                    dense[i] = base.T, after.T
+                continue
             if m is None:
                 along = self._axis == "output"
                 factors = (before, A, B) if along else (before.T, B.T, A.T)
                 lora[i] = LowRankUpdate(*factors, effective.scaling)
-            elif self._axis == "output" and m.ndim == 1 and len(site.select(m)) == len(B):
+            elif m.ndim == 1 and len(site.select(m)) == len(B):
                 dora[i] = LowRankUpdate(before, A, B, effective.scaling), site.select(m)
 
         places: dict[int, _Place] = {}
@@ -272,6 +310,11 @@ def _magnitudes(magnitudes: Sequence[Tensor], beside: Array) -> Array:
     if isinstance(beside, np.ndarray):
         return joined.numpy(force=True)
     return joined.to(beside.device)
+
+
+def checks_of(effective: EffectiveWeight | Adapted) -> tuple[Check, ...]:
+    """What must hold for it to be the weight that its module applies."""
+    return effective.checks if isinstance(effective, Dense) else ()
 
 
 def _is_matrix(weight: Tensor) -> bool:

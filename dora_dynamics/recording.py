@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from dora_dynamics._arrays import is_sharded
+from dora_dynamics._precision import full_precision
 from dora_dynamics.backlog import Backlog
-from dora_dynamics.measurement import Measurement
+from dora_dynamics.measurement import Measurement, checks_of
 from dora_dynamics.recorded_rows import RecordedRows
 from dora_dynamics.recorded_step import RecordedStep
 from dora_dynamics.sharded import Adapted, ShardingError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dora_dynamics.baseline import Baselines
-    from dora_dynamics.effective import EffectiveWeight
+    from dora_dynamics.effective import Check, EffectiveWeight
     from dora_dynamics.measurement import Measured, Triple
     from dora_dynamics.resume import Progress
     from dora_dynamics.run_directory import RunInfo
@@ -178,18 +179,49 @@ class Recording:
     def _queue(self) -> tuple[Callable[[], list[Measured]], dict[str, EffectiveWeight]]:
         """Start to measure the change at every site; what is measured comes in one transfer.
 
-        All weights are measured together, but for those that must be copied or computed first:
-        of these, so many that they take `_AT_A_TIME` bytes, or one that takes more.
+        Where weights come with checks, these come in the same transfer and are waited for: what
+        was not the weight that its module applies is probed from then on, and all is measured
+        again.
 
         Returns:
             What waits for the changes, and the effective weights by `Site.tensor` where they are
             kept.
+
+        Raises:
+            NoDenseWeightError: a module applies no one weight.
+        """
+        with full_precision(self._baseline.device_types):
+            while True:
+                measurement, added, effective = self._begun()
+                wrong = measurement.failed_checks()
+                if not wrong:
+                    break
+                for check in wrong:
+                    if not check.by_probing:
+                        raise check.otherwise
+                found = {site.tensor for site, checks in added if not set(wrong).isdisjoint(checks)}
+                self._baseline.probe(found)
+
+        def finish() -> list[Measured]:
+            sites = (site for site, _ in added)
+            changes = dict(zip(sites, measurement.finish(), strict=True))
+            return [changes[site] for site in self._sites]
+
+        return finish, effective
+
+    def _begun(
+        self,
+    ) -> tuple[Measurement, list[tuple[Site, tuple[Check, ...]]], dict[str, EffectiveWeight]]:
+        """A started measurement, its sites with their checks, and the weights that are kept.
+
+        All weights are measured together, but for those that must be copied or computed first:
+        of these, so many that they take `_AT_A_TIME` bytes, or one that takes more.
         """
         by_tensor: dict[str, list[Site]] = {}
         for site in self._sites:
             by_tensor.setdefault(site.tensor, []).append(site)
         kept: dict[str, EffectiveWeight] = {}
-        added: list[Site] = []
+        added: list[tuple[Site, tuple[Check, ...]]] = []
         together: list[Triple] = []
         apart: list[Triple] = []
         passing = 0
@@ -197,7 +229,7 @@ class Recording:
 
         def add() -> None:
             nonlocal passing
-            added.extend(site for site, _, _ in together)
+            added.extend((site, checks_of(effective)) for site, _, effective in together)
             measurement.add(together)
             together.clear()
             passing = 0
@@ -207,7 +239,8 @@ class Recording:
             if is_sharded(weight):
                 apart.extend((site, weight, effective) for site in its_sites)
                 continue
-            size = self._baseline.passing_bytes(name, weight, effective)
+            size = measurement.passing_bytes(weight, effective)
+            size += self._baseline.passing_bytes(name, weight, effective)
             if passing and passing + size > _AT_A_TIME:
                 add()
             passing += size
@@ -220,12 +253,7 @@ class Recording:
             together.extend(apart)
             add()
         measurement.start()
-
-        def finish() -> list[Measured]:
-            changes = dict(zip(added, measurement.finish(), strict=True))
-            return [changes[site] for site in self._sites]
-
-        return finish, kept
+        return measurement, added, kept
 
     def _store_beside_training(self, recorded: RecordedStep) -> None:
         so = f"step {recorded.step} is left out of the table"

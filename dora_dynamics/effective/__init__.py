@@ -15,11 +15,14 @@ from dora_dynamics.effective.reading import is_merged as is_merged
 from dora_dynamics.effective.reading import magnitude_parameter as magnitude_parameter
 from dora_dynamics.effective.reading import method_of as method_of
 from dora_dynamics.effective.reading import quantization_below as quantization_below
+from dora_dynamics.effective.reading import read_dense as read_dense
+from dora_dynamics.effective.reading import read_effective as read_effective
 from dora_dynamics.effective.reading import stored_parameter as stored_parameter
 from dora_dynamics.effective.reading import version_of as version_of
 from dora_dynamics.effective.registry import (
     register_effective_weight as register_effective_weight,
 )
+from dora_dynamics.effective.weights import Check as Check
 from dora_dynamics.effective.weights import Dense as Dense
 from dora_dynamics.effective.weights import EffectiveWeight as EffectiveWeight
 from dora_dynamics.effective.weights import LowRank as LowRank

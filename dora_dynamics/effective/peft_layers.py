@@ -1,26 +1,19 @@
-"""The layers of PEFT: what kind they are, and the weight they apply.
+"""The layers of PEFT: what kind they are, what lies below them, and which have no weight.
 
-LoRA and DoRA are read by their factors. Every other tuner is merged on a private copy, and the
-merged weight is compared with what the layer does; where the two differ (several active OFT
-adapters, say) or merging is not implemented, the weight is probed. PEFT itself is never imported:
-no layer of it can be around unless someone else did.
+PEFT itself is never imported: no layer of it can be around unless someone else did.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import torch
 from torch import nn
 
-from dora_dynamics.effective.private_copy import private_copy, undisturbed
-from dora_dynamics.effective.probe import close, probed_weight, sample_input
-from dora_dynamics.effective.weights import Dense, EffectiveWeight, LowRank, NoDenseWeightError
+from dora_dynamics.effective.weights import NoDenseWeightError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -56,8 +49,6 @@ _REWRITES: Final = {
 }  # fmt: skip
 """Values of `init_lora_weights` that change the base weight, by their beginning."""
 _ATTENTION_OUTPUT: Final = "out_proj"
-_FACTORED: Final = frozenset({"_ConvNd", "MultiheadAttention", "ParamWrapper", "SVDLinear"})
-"""LoRA layers whose update is not `lora_B.weight @ lora_A.weight` of two linear layers."""
 
 
 def resolved(module: nn.Module) -> nn.Module:
@@ -131,17 +122,17 @@ def is_tuner_layer(module: nn.Module) -> bool:
 
 def is_merged(module: nn.Module) -> bool:
     """Whether the base weight below an adapter layer holds the adapter too."""
-    return any(bool(cast("Any", layer).merged_adapters) for layer in _chain(resolved(module)))
+    return any(bool(cast("Any", layer).merged_adapters) for layer in chain(resolved(module)))
 
 
 def rewrites_in_forward(module: nn.Module) -> bool:
     """Whether a layer puts its base parameter away and back in every forward pass."""
-    return any(type(layer).__name__ == "ParamWrapper" for layer in _chain(resolved(module)))
+    return any(type(layer).__name__ == "ParamWrapper" for layer in chain(resolved(module)))
 
 
 def method_name(module: nn.Module) -> str:
     """Name of the method of a tuner layer: "LoRA", "DoRA", "OFT" and so on."""
-    package = _package(module)
+    package = package_of(module)
     name = _NAMES.get(package, package.upper()) or type(module).__name__
     magnitudes = getattr(module, "lora_magnitude_vector", None)
     if package == "lora" and magnitudes is not None and len(magnitudes):
@@ -149,38 +140,17 @@ def method_name(module: nn.Module) -> str:
     return name
 
 
-def tuner_weight(layer: nn.Module, parameter: str) -> EffectiveWeight:
-    """The effective weight of a tuner layer, as its base layer stores it.
-
-    Raises:
-        NoDenseWeightError: the method has no dense weight.
-    """
-    refuse_layer(layer)
-    factors = _factors(layer) if parameter == "weight" else None
-    if factors is not None:
-        return factors
-    return Dense(_computed(layer, parameter)[0])
-
-
-def how_read(layer: nn.Module, parameter: str = "weight") -> str:
-    """Which of the ways `tuner_weight` takes: "direct", "merge on a copy" or "probed"."""
-    refuse_layer(layer)
-    if parameter == "weight" and _factors(layer) is not None:
-        return "direct"
-    return _computed(layer, parameter)[1]
-
-
 def magnitude_vector(layer: nn.Module) -> Tensor | None:
     """DoRA's m, which weight decay shrinks; None where the layer has none, or several."""
     vectors = getattr(layer, "lora_magnitude_vector", {})
-    held = [vectors[adapter].weight for adapter in _active(layer) if adapter in vectors]
+    held = [vectors[adapter].weight for adapter in active_adapters(layer) if adapter in vectors]
     return cast("Tensor", held[0]) if len(held) == 1 else None
 
 
 def adds_to_base(layer: nn.Module) -> bool:
     """Whether a layer is plain LoRA, whose magnitude is that of the base weight below it."""
     variants = getattr(layer, "lora_variant", {})
-    return _package(layer) == "lora" and not any(a in variants for a in _active(layer))
+    return package_of(layer) == "lora" and not any(a in variants for a in active_adapters(layer))
 
 
 def refuse_layer(layer: nn.Module) -> None:
@@ -189,16 +159,16 @@ def refuse_layer(layer: nn.Module) -> None:
     Raises:
         NoDenseWeightError: with the reason.
     """
-    for part in _chain(layer):
+    for part in chain(layer):
         for cls in type(part).__mro__:
-            package = _package_of(cls)
+            package = _package_of_class(cls)
             if package in REFUSED:
                 _refuse(_NAMES.get(package, package), REFUSED[package])
         acts_for = getattr(part.__dict__.get("forward"), "__self__", None)
-        if acts_for is not None and _package_of(type(acts_for)) == "xlora":
+        if acts_for is not None and _package_of_class(type(acts_for)) == "xlora":
             _refuse("X-LoRA", REFUSED["xlora"])
         variants = getattr(part, "lora_variant", {})
-        for adapter in _active(part):
+        for adapter in active_adapters(part):
             name = type(variants.get(adapter)).__name__
             if name in _REFUSED_VARIANTS:
                 _refuse(*_REFUSED_VARIANTS[name])
@@ -225,7 +195,7 @@ def rewriting_method(model: nn.Module, module: nn.Module) -> str | None:
 
     Told by the PEFT configuration that the model carries; KaSA also by the layer.
     """
-    for layer in _chain(resolved(module)):
+    for layer in chain(resolved(module)):
         held = set(cast("Any", layer)._get_available_adapters())
         variants = getattr(layer, "lora_variant", {})
         if any(type(variant).__name__ == "KasaLinearVariant" for variant in variants.values()):
@@ -248,135 +218,26 @@ def configurations(model: nn.Module) -> Iterator[dict[str, Any]]:
             yield adapters
 
 
-def _computed(layer: nn.Module, parameter: str) -> tuple[Tensor, str]:
-    """The effective weight of any tuner layer and the way it was found."""
-    with undisturbed(layer), warnings.catch_warnings():
-        # What PEFT says about a merge concerns the copy, which nobody else sees.
-        warnings.filterwarnings("ignore", module=r"peft\.")
-        copy = private_copy(layer)
-        leaf = original(copy)
-        holder, name = holder_of(leaf, parameter)
-        stored = cast("Tensor", getattr(holder, name))
-        shape = stored.shape
-        sample = sample_input(leaf, shape, stored.device)
-        expected = None if sample is None else _answer(copy, sample)
-        merged = _merged(copy, parameter)
-        if merged is not None and (expected is None or _agrees(merged[1], sample, expected)):
-            return merged[0], "merge on a copy"
-        if parameter != "weight":
-            raise NoDenseWeightError(
-                f"{method_name(layer)} cannot be merged into {parameter}, and what it does to it "
-                "cannot be probed."
-            )
-        return probed_weight(private_copy(layer), leaf, shape, method_name(layer)), "probed"
-
-
-def _answer(copy: nn.Module, sample: Tensor) -> Tensor | None:
-    try:
-        return cast("Tensor", copy(sample))
-    except (RuntimeError, ValueError, TypeError, AttributeError):
-        return None
-
-
-def _agrees(leaf: nn.Module, sample: Tensor | None, expected: Tensor) -> bool:
-    answer = None if sample is None else _answer(leaf, sample)
-    return answer is not None and close(answer, expected)
-
-
-def _merged(copy: nn.Module, parameter: str) -> tuple[Tensor, nn.Module] | None:
-    """The weight after merging the copy, and the plain layer that holds it."""
-    try:
-        for layer in reversed(list(_chain(copy))):
-            part = cast("Any", layer)
-            if part.merged_adapters:
-                continue
-            if not part.disable_adapters:
-                part.merge()
-    except (NotImplementedError, ValueError, RuntimeError, TypeError, AttributeError, KeyError):
-        return None
-    leaf = original(copy)
-    holder, name = holder_of(leaf, parameter)
-    weight = getattr(holder, name, None)
-    return (weight.detach(), leaf) if isinstance(weight, torch.Tensor) else None
-
-
-def _factors(layer: nn.Module) -> EffectiveWeight | None:
-    """LoRA and DoRA by their factors; None for what they do not describe."""
-    if _package(layer) != "lora" or any(cls.__name__ in _FACTORED for cls in type(layer).__mro__):
-        return None
-    base = cast("Any", layer).base_layer
-    if is_tuner_layer(base) or nn.utils.parametrize.is_parametrized(base, "weight"):
-        return None
-    if is_merged(layer) or cast("Any", layer).disable_adapters:
-        return None
-    adapters = _active(layer)
-    variants = cast("Any", layer).lora_variant
-    kinds = [type(variants.get(adapter)).__name__ for adapter in adapters]
-    if not adapters:
-        return None
-    if isinstance(base, nn.Embedding):
-        read: Callable[[Any, str], tuple[Tensor, Tensor] | None] = _embedding_factors
-        allowed = {"NoneType"}
-    else:
-        read, allowed = _linear_factors, {"NoneType", "DoraLinearVariant"}
-    if not set(kinds) <= allowed or (len(kinds) > 1 and "DoraLinearVariant" in kinds):
-        return None
-    pairs = [read(layer, adapter) for adapter in adapters]
-    scalings = [float(cast("Any", layer).scaling[adapter]) for adapter in adapters]
-    found = [pair for pair in pairs if pair is not None]
-    if len(found) < len(pairs):
-        return None
-    if len(found) == 1:
-        magnitude = None
-        if kinds[0] == "DoraLinearVariant":
-            vector = cast("Any", layer).lora_magnitude_vector[adapters[0]]
-            magnitude = vector.weight.detach().flatten()
-        return LowRank(*found[0], scalings[0], magnitude)
-    wide = [
-        (A.to(torch.float64), s * B.to(torch.float64))
-        for (A, B), s in zip(found, scalings, strict=True)
-    ]
-    return LowRank(torch.cat([A for A, _ in wide]), torch.cat([B for _, B in wide], dim=1), 1.0)
-
-
-def _linear_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
-    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-    if not (_is_linear(A) and _is_linear(B)):
-        return None
-    return A.weight.detach(), B.weight.detach()
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether it is `nn.Linear` itself, or what `fully_shard` makes of it: its forward is that."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def _embedding_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
-    """Of the table itself, tokens by dimensions: what PEFT calls B Aᵀ, the other way around."""
-    if adapter not in layer.lora_embedding_A:
-        return None
-    return layer.lora_embedding_B[adapter].detach().T, layer.lora_embedding_A[adapter].detach().T
-
-
-def _active(layer: nn.Module) -> list[str]:
+def active_adapters(layer: nn.Module) -> list[str]:
     """The active adapters that this layer really has."""
     part = cast("Any", layer)
     held = set(part._get_available_adapters())
     return [adapter for adapter in part.active_adapters if adapter in held]
 
 
-def _chain(layer: nn.Module) -> Iterator[nn.Module]:
+def chain(layer: nn.Module) -> Iterator[nn.Module]:
     """The tuner layers around one plain layer, from the outside in."""
     while is_tuner_layer(layer):
         yield layer
         layer = cast("nn.Module", layer.base_layer)
 
 
-def _package(module: nn.Module) -> str:
-    return next((p for cls in type(module).__mro__ if (p := _package_of(cls))), "")
+def package_of(module: nn.Module) -> str:
+    """The package in `peft.tuners` that the layer comes from, empty where it is none of those."""
+    return next((p for cls in type(module).__mro__ if (p := _package_of_class(cls))), "")
 
 
-def _package_of(cls: type) -> str:
+def _package_of_class(cls: type) -> str:
     parts = cls.__module__.split(".")
     return parts[2] if parts[:2] == ["peft", "tuners"] and len(parts) > 3 else ""
 

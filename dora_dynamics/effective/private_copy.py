@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dora_dynamics._arrays import is_sharded
+from dora_dynamics._precision import full_precision
 from dora_dynamics.effective.quantized import dequantized_module, is_quantized
 from dora_dynamics.effective.weights import NoDenseWeightError
 
@@ -84,13 +85,14 @@ def private_copy(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """No gradients, and random state put back on the CPU and on the module's own devices."""
-    devices = {
-        tensor.device
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.device.type == "cuda"
-    }
-    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+    """No gradients, full precision, and random state put back on the CPU and the module's GPUs."""
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    gpus = [device for device in devices if device.type == "cuda"]
+    with (
+        torch.no_grad(),
+        full_precision(device.type for device in devices),
+        torch.random.fork_rng(devices=gpus),
+    ):
         yield
 
 

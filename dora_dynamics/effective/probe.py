@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dora_dynamics.effective.private_copy import wide_dtype
-from dora_dynamics.effective.weights import NoDenseWeightError
+from dora_dynamics.effective.weights import Check, Dense, NoDenseWeightError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,12 +50,14 @@ def sample_input(leaf: nn.Module, shape: torch.Size, device: torch.device) -> Te
     else:
         return None
     return torch.randn(size, generator=generator, dtype=torch.float64).to(
-        device, wide_dtype(device)
+        device, wide_dtype(device), non_blocking=True
     )
 
 
-def probed_weight(copy: nn.Module, leaf: nn.Module, shape: torch.Size, kind: str) -> Tensor:
+def probed_weight(copy: nn.Module, leaf: nn.Module, shape: torch.Size, kind: str) -> Dense:
     """The weight W' of an affine layer, read off its outputs, stored as `leaf` stores its own.
+
+    Whether the layer is affine is for the check to say.
 
     Args:
         copy: a private copy of the layer (see `private_copy`).
@@ -64,8 +66,7 @@ def probed_weight(copy: nn.Module, leaf: nn.Module, shape: torch.Size, kind: str
         kind: what the layer is called in a refusal.
 
     Raises:
-        NoDenseWeightError: the layer cannot be fed, or is not affine, or no weight of this shape
-            does what the layer does.
+        NoDenseWeightError: the layer cannot be fed, or no weight of this shape does what it does.
     """
     parameter = next(itertools.chain(copy.parameters(), copy.buffers()))
     sample = sample_input(leaf, shape, parameter.device)
@@ -76,7 +77,7 @@ def probed_weight(copy: nn.Module, leaf: nn.Module, shape: torch.Size, kind: str
         )
     try:
         if isinstance(leaf, nn.Embedding):
-            return _embedding(copy, leaf, sample)
+            return Dense(_embedding(copy, leaf, sample))
         weight, again = _PROBES[_kind(leaf)](copy, leaf, shape, sample)
         expected = copy(sample)
     except NoDenseWeightError:
@@ -87,28 +88,26 @@ def probed_weight(copy: nn.Module, leaf: nn.Module, shape: torch.Size, kind: str
             f"{kind} cannot be probed ({reason[:200]}): say how its weight is read with "
             "dora_dynamics.register_effective_weight."
         ) from error
-    if not close(again, expected, _AFFINE):
-        raise NoDenseWeightError(
-            f"{kind} is not affine in its input: there is no one weight that it multiplies by."
-        )
-    return weight
+    not_affine = f"{kind} is not affine in its input: there is no one weight that it multiplies by."
+    affine = close(again, expected, _AFFINE)
+    return Dense(weight, (Check(affine, NoDenseWeightError(not_affine)),))
 
 
-def close(value: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two outputs agree, relative to the largest of the expected ones.
+def close(value: Tensor, expected: Tensor, tolerance: float | None = None) -> Tensor:
+    """Whether two outputs agree, relative to the largest of the expected ones; one boolean.
 
     Outputs that are not finite agree where both are not: such a weight is to be reported, and not
     to be refused.
     """
     if value.shape != expected.shape:
-        return False
-    if not expected.isfinite().all():
-        return not bool(value.isfinite().all())
+        return expected.new_zeros((), dtype=torch.bool)
     if tolerance is None:
-        in_fp32 = torch.equal(expected.to(torch.float32).to(expected.dtype), expected)
-        tolerance = _CLOSE_IN_FP32 if in_fp32 else CLOSE
-    error = (value - expected).abs().max()
-    return bool(error <= tolerance * expected.abs().max().clamp_min(1e-30))
+        in_fp32 = (expected.to(torch.float32).to(expected.dtype) == expected).all()
+        limit: Tensor | float = torch.where(in_fp32, _CLOSE_IN_FP32, CLOSE)
+    else:
+        limit = tolerance
+    near = (value - expected).abs().max() <= limit * expected.abs().max().clamp_min(1e-30)
+    return torch.where(expected.isfinite().all(), near, ~value.isfinite().all())
 
 
 def _linear(

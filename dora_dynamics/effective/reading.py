@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
 from dora_dynamics.effective import peft_layers
 from dora_dynamics.effective.factors import built
+from dora_dynamics.effective.peft_weights import tuner_weight
 from dora_dynamics.effective.private_copy import private_copy, undisturbed
 from dora_dynamics.effective.probe import close, probed_weight, sample_input
 from dora_dynamics.effective.quantized import (
@@ -21,7 +22,14 @@ from dora_dynamics.effective.quantized import (
     quantization_of,
 )
 from dora_dynamics.effective.registry import registered_function
-from dora_dynamics.effective.weights import Dense, EffectiveWeight, LowRank, NoDenseWeightError
+from dora_dynamics.effective.weights import (
+    Check,
+    Dense,
+    EffectiveWeight,
+    LowRank,
+    NoDenseWeightError,
+    settled,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,19 +68,7 @@ def effective_weight(module: nn.Module, parameter: str = "weight") -> EffectiveW
     Raises:
         NoDenseWeightError: there is no dense weight to follow; the message says why.
     """
-    plain = _of_torch(module, parameter)
-    if plain is not None:
-        return Dense(plain.detach())
-    module = peft_layers.resolved(module)
-    if parameter == "weight" and registered_function(module) is None:
-        if peft_layers.is_tuner_layer(module):
-            return peft_layers.tuner_weight(module, parameter)
-        adapter = adapter_of(module)
-        if adapter is not None:
-            magnitude = adapter.magnitude.detach() if isinstance(adapter, DoRA) else None
-            A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
-            return LowRank(A, B, adapter.scaling, magnitude)
-    return Dense(dense_weight(module, parameter))
+    return settled(lambda probe: read_effective(module, parameter, probe=probe))
 
 
 def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
@@ -81,27 +77,60 @@ def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     Raises:
         NoDenseWeightError: as `effective_weight`.
     """
+    found = settled(lambda probe: read_dense(module, parameter, probe=probe))
+    return cast("Dense", found).weight
+
+
+def read_effective(module: nn.Module, parameter: str, *, probe: bool) -> EffectiveWeight:
+    """`effective_weight` with its checks not looked at yet, so that a GPU is not waited for.
+
+    Args:
+        module: as `effective_weight`.
+        parameter: as `effective_weight`.
+        probe: probe where a faster way was found to give another weight.
+
+    Raises:
+        NoDenseWeightError: there is no dense weight, and that is known without a check.
+    """
     plain = _of_torch(module, parameter)
     if plain is not None:
-        return plain.detach()
+        return Dense(plain.detach())
+    module = peft_layers.resolved(module)
+    if parameter == "weight" and registered_function(module) is None:
+        if peft_layers.is_tuner_layer(module):
+            return tuner_weight(module, parameter, probe=probe)
+        adapter = adapter_of(module)
+        if adapter is not None:
+            magnitude = adapter.magnitude.detach() if isinstance(adapter, DoRA) else None
+            A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
+            return LowRank(A, B, adapter.scaling, magnitude)
+    return read_dense(module, parameter, probe=probe)
+
+
+def read_dense(module: nn.Module, parameter: str, *, probe: bool) -> Dense:
+    """As `read_effective`, in full."""
+    plain = _of_torch(module, parameter)
+    if plain is not None:
+        return Dense(plain.detach())
     module = peft_layers.resolved(module)
     function = registered_function(module)
     if function is not None and parameter == "weight":
         with torch.no_grad():
-            return function(module).detach()
+            return Dense(function(module).detach())
     if peft_layers.is_tuner_layer(module):
-        return _expanded(peft_layers.tuner_weight(module, parameter), module)
+        found = tuner_weight(module, parameter, probe=probe)
+        return found if isinstance(found, Dense) else Dense(_expanded(found, module))
     if parametrize.is_parametrized(module, parameter):
-        return _parametrized(module, parameter)
+        return Dense(_parametrized(module, parameter))
     if parameter == "weight" and is_quantized(module):
-        return dequantized(module)
+        return Dense(dequantized(module))
     if parameter == "weight" and not _is_plain(module):
-        return _foreign(module)
+        return _foreign(module, probe=probe)
     holder, name = peft_layers.holder_of(module, parameter)
     weight = getattr(holder, name, None)
     if not isinstance(weight, torch.Tensor):
         raise NoDenseWeightError(f"{type(module).__name__} has no tensor called {parameter!r}.")
-    return weight.detach()
+    return Dense(weight.detach())
 
 
 def stored_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | None:
@@ -189,10 +218,8 @@ def method_of(module: nn.Module) -> str | None:
     return "FT"
 
 
-def _expanded(effective: EffectiveWeight, layer: nn.Module) -> Tensor:
+def _expanded(effective: LowRank, layer: nn.Module) -> Tensor:
     """W' of a PEFT layer in full and in float64, as its base layer stores it."""
-    if isinstance(effective, Dense):
-        return effective.weight
     base = peft_layers.original(layer)
     stored = dequantized(base) if is_quantized(base) else cast("Tensor", base.weight).detach()
     transposed = bool(getattr(layer, "fan_in_fan_out", False))
@@ -247,19 +274,21 @@ def _is_plain(module: nn.Module) -> bool:
     return not module._modules and set(module._parameters) <= {"weight", "bias"}
 
 
-def _foreign(module: nn.Module) -> Tensor:
+def _foreign(module: nn.Module, *, probe: bool) -> Dense:
     """The weight of a module of a user's own: as exposed if that is what it does, else probed."""
+    kind = type(module).__name__
     leaf, shape = _leaf_of(module)
     with undisturbed(module):
         copy = private_copy(module)
         exposed = getattr(copy, "weight", None)
         sample = sample_input(leaf, shape, _device(copy))
         fits = isinstance(exposed, torch.Tensor) and exposed.shape == shape
-        if fits and sample is not None and type(leaf) is nn.Linear:
+        if not probe and fits and sample is not None and type(leaf) is nn.Linear:
             weight = cast("Tensor", exposed).detach()
-            if close(sample @ weight.T, copy(sample) - copy(torch.zeros_like(sample))):
-                return weight
-        return probed_weight(copy, leaf, shape, type(module).__name__)
+            holds = close(sample @ weight.T, copy(sample) - copy(torch.zeros_like(sample)))
+            other = NoDenseWeightError(f"{kind} exposes another .weight than it applies.")
+            return Dense(weight, (Check(holds, other, by_probing=True),))
+        return probed_weight(copy, leaf, shape, kind)
 
 
 def _leaf_of(module: nn.Module) -> tuple[nn.Module, torch.Size]:

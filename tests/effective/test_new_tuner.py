@@ -15,6 +15,7 @@ import dora_dynamics as dd
 from analyses import support_table
 from dora_dynamics.effective import NoDenseWeightError
 from dora_dynamics.effective.peft_layers import method_name
+from dora_dynamics.effective.peft_weights import how_read
 from tests.effective import peft_cases, test_peft_tuners
 from tests.effective.peft_cases import CASES, Case, Linears
 
@@ -138,6 +139,33 @@ def test_has_its_row_in_the_table(newer_peft: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(support_table, "all_cases", lambda: [(newer_peft, cases(newer_peft)[0])])
     table = support_table.rows().set_index("type")
     assert table.loc["GAIN", "read"] == "merge on a copy"
+
+
+def test_merging_into_something_else_it_is_probed(
+    newer_peft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found out by the first record's check, and right from the first record on."""
+
+    def merge_twice(layer: Any, **_: Any) -> None:
+        layer.base_layer.weight.data *= layer.factor()[:, None] ** 2
+        layer.merged_adapters += layer.active_adapters
+
+    monkeypatch.setattr(GainLayer, "merge", merge_twice)
+    torch.manual_seed(0)
+    model: Any = peft.get_peft_model(Linears(), GainConfig(target_modules=["query"]))
+    layer = model.base_model.model.layers[0].query
+    recorder = dd.Recorder(model, ["query"])
+    for step in range(3):
+        with torch.no_grad():
+            layer.gain_factor["default"].mul_(1 + 0.1 * torch.rand(24))
+        recorder.step = step
+        recorder.record()
+    assert how_read(layer) == "probed"
+    before, gain = layer.base_layer.weight.double(), layer.gain_factor["default"].double()
+    change = dd.weight_change(before.detach(), (gain[:, None] * before).detach())
+    row: Any = recorder.trajectory.query("step == 2").iloc[0]
+    assert row["delta_magnitude"] == pytest.approx(change.delta_magnitude, rel=1e-6)
+    assert len(recorder.trajectory) == 6
 
 
 def test_without_a_weight_it_is_refused(newer_peft: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,9 +21,10 @@ from dora_dynamics.effective import (
 )
 from dora_dynamics.effective.private_copy import private_copy
 from dora_dynamics.sites import models
+from tests.effective.waits import Waits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +182,40 @@ def test_a_registered_function_is_asked() -> None:
     row: Any = recorder.trajectory.query("step == 3").iloc[0]
     assert row["delta_magnitude"] == pytest.approx(change.delta_magnitude, rel=1e-6)
     assert row["delta_magnitude"] > 0
+
+
+LOOKS: dict[str, Callable[[torch.Tensor], object]] = {
+    "a number": lambda w: w.sum().item(),
+    "a truth": lambda w: bool((w == w).all()),
+    "a comparison": lambda w: torch.equal(w, w),
+    "a mask": lambda w: w[w > 0],
+    "an assignment by a mask": lambda w: w.clone().__setitem__(w > 0, 0.0),
+    "where": torch.nonzero,
+    "a list": lambda w: w.tolist(),
+    "a copy": lambda w: w.cpu(),
+    "a solution": lambda w: torch.linalg.solve(w @ w.T + torch.eye(9), w),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_what_would_wait_for_a_gpu_is_counted(look: Callable[[torch.Tensor], object]) -> None:
+    """The count of `test_peft_tuners.py` can fail: here a user's own function looks."""
+
+    def read(module: Any, look: Callable[[torch.Tensor], object] = lambda w: w) -> torch.Tensor:
+        weight: torch.Tensor = module.gain * module.inner.weight
+        look(weight)
+        return weight
+
+    model = Net(Opaque(nn.Linear(6, 9)))
+    model.query.in_features, model.query.out_features = 6, 9
+    found = []
+    for does in (look, abs):
+        dd.register_effective_weight(Opaque, partial(read, look=does))
+        recorder = dd.Recorder(model, ["query"], method="mine")
+        with Waits() as waits:
+            recorder.record()
+        found.append(sum(waits.found.values()))
+    assert found == [1, 0]
 
 
 def test_an_affine_module_that_stands_alone() -> None:

@@ -15,8 +15,11 @@ from torch import nn
 import dora_dynamics as dd
 from dora_dynamics.baseline_source import BaselineError
 from dora_dynamics.effective import NoDenseWeightError, dense_weight, is_merged
-from dora_dynamics.effective.peft_layers import how_read, is_tuner_layer, resolved
+from dora_dynamics.effective.peft_layers import is_tuner_layer, resolved
+from dora_dynamics.effective.peft_weights import how_read
 from tests.effective.peft_cases import Case, all_cases
+from tests.effective.waits import Waits
+from tests.integrations.test_transfers import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +57,11 @@ KNOWN_VARIANTS = {
     "QALoraLinearVariant", "VeloraLinearVariant", "_DoraConvNdVariant",
 }  # fmt: skip
 STEPS = 3
+PEFT_WAITS = {
+    "FROD": {"tolist in peft/tuners/frod/layer.py", "_coalesce in peft/tuners/frod/layer.py"}
+}
+"""Where PEFT itself looks at what is on the device, in training too; a record waits nowhere else
+but for the one transfer of its rows."""
 INSIDE = {"base_layer", "original_module", "ln_tuning_layers", "token_indices"}
 
 
@@ -77,6 +85,7 @@ def test_weight_is_the_applied_one_and_training_is_undisturbed(kind: str, case: 
             followed.model.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True
         )
     modules = layers(followed.model, case)
+    assert followed.waits.keys() == PEFT_WAITS.get(kind, set())
     ways = {how_read(module) for module in modules.values()}
     assert ways == {case.how} or (case.how == "" and ways)
     merged = merged_weights(case, followed.model)
@@ -99,6 +108,28 @@ def test_weight_is_the_applied_one_and_training_is_undisturbed(kind: str, case: 
                 assert last[column][name] == pytest.approx(
                     getattr(change, column), rel=1e-5, abs=1e-9
                 )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("kind", "case"), FOLLOWABLE)
+def test_one_transfer_on_a_gpu(kind: str, case: Case) -> None:
+    tables = []
+    for device in ("cpu", "cuda"):
+        model = case.build()
+        baseline = dd.capture_baseline(model, case.followed)
+        model = case.adapt(model)
+        shake(model)
+        model.to(device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        recorder = dd.Recorder(model, case.followed, baseline=baseline)
+        recorder.start(optimizer)
+        recorder.step = 1
+        with Watch() as watch:
+            recorder.record()
+        if kind not in PEFT_WAITS:
+            assert len(watch.transfers) == (device == "cuda"), watch.transfers
+        tables.append(recorder.trajectory.query("step == 1")["update_norm"].to_numpy())
+    assert tables[1] == pytest.approx(tables[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "case"), FOLLOWABLE)
@@ -165,6 +196,7 @@ class Trained:
         self.losses: list[float] = []
         self.before: dict[str, torch.Tensor] = {}
         self.random_state = torch.empty(0)
+        self.waits: dict[str, int] = {}
         self.model: Any = None
         self.trajectory: Any = None
 
@@ -193,6 +225,10 @@ def trained(case: Case, *, record: bool) -> Trained:
         recorder = dd.Recorder(model, case.followed, every=1, baseline=baseline)
         with recorder.attach(optimizer):
             train()
+        recorder.step += 1
+        with Waits() as waits:
+            recorder.record()
+        result.waits = waits.found
         result.trajectory = recorder.trajectory
     else:
         train()

@@ -22,7 +22,7 @@ from dora_dynamics.effective import (
     is_quantized,
     quantized,
 )
-from dora_dynamics.effective.peft_layers import how_read
+from dora_dynamics.effective.peft_weights import how_read
 from dora_dynamics.sites import models
 from tests.effective.peft_cases import QALORA, PackedLinear
 

@@ -7,9 +7,11 @@ memory, but they say that they are on another device, and only a copy gets them 
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -160,6 +162,96 @@ def test_one_transfer_and_only_chosen_weights(
     ours, theirs = (table[columns].to_numpy() for table in tables)
     assert abs(ours - theirs).max() <= 1e-6 * abs(ours).max()
     assert ours.max(0).min() > 0
+
+
+class Turned(nn.Module):
+    """Affine, and so probed: y = W_0 (x + (T − Tᵀ) x) + b."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.turn = nn.Parameter(torch.zeros(base.in_features, base.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base_layer(x + x @ (self.turn - self.turn.T))
+        return y
+
+
+class Exposing(Turned):
+    """The same with a `.weight`, which is taken if it is what the module does."""
+
+    honest = True
+
+    @property
+    def weight(self) -> torch.Tensor:
+        base: Any = self.base_layer.weight
+        turned: torch.Tensor = base + base @ (self.turn - self.turn.T).T
+        return turned if self.honest else 2 * turned
+
+
+class Lying(Exposing):
+    """And with one that is not, so that it must be probed: known after the first transfer."""
+
+    honest = False
+
+
+def tables_of(build: Any, device: str, steps: int, **options: Any) -> tuple[Any, list[int]]:
+    """The same run on the CPU and on a device, and the transfers of each record there."""
+    tables, transfers = [], []
+    for where in ("cpu", device):
+        model = put(build(), where)
+        recorder = dd.Recorder(model, TARGETS, every=1, method="mine", **options)
+        for step in range(steps):
+            recorder.step = step
+            with Watch() as watch:
+                recorder.record()
+            transfers.append(len(watch.transfers))
+            move(model, where)
+        tables.append(recorder.trajectory)
+    columns = ["delta_magnitude", "delta_direction", "update_norm"]
+    ours, theirs = (table[columns].to_numpy() for table in tables)
+    assert abs(ours - theirs).max() <= 1e-6 * abs(ours).max()
+    assert ours.max(0).min() > 0
+    assert not any(transfers[:steps])
+    return tables[0], transfers[steps:]
+
+
+@pytest.mark.parametrize("kind", [Turned, Exposing, Lying])
+@pytest.mark.parametrize("device", [FAR, GPU])
+def test_checks_come_in_the_same_transfer(
+    device: str, kind: type[Turned], tiny_transformer: Build
+) -> None:
+    def build() -> nn.Module:
+        model: Any = tiny_transformer()
+        for layer in model.layers:
+            layer.query, layer.value = kind(layer.query), kind(layer.value)
+        adapted: nn.Module = model
+        return adapted
+
+    table, transfers = tables_of(build, device, steps=3)
+    assert transfers == [1 + (kind is Lying), 1, 1]
+    if kind is Lying:
+        honest, _ = tables_of(partial(swapped, build, Exposing), device, steps=3)
+        pd.testing.assert_frame_equal(table, honest)
+
+
+def swapped(build: Any, kind: type[Turned]) -> nn.Module:
+    model: nn.Module = build()
+    for module in model.modules():
+        if isinstance(module, Turned):
+            module.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "mixed"])
+@pytest.mark.parametrize("device", [FAR, GPU])
+def test_units_of_the_input_come_in_one_transfer(
+    device: str, method: str, tiny_transformer: Build
+) -> None:
+    _, transfers = tables_of(
+        lambda: adapt(tiny_transformer(), method), device, steps=2, axis="input"
+    )
+    assert transfers == [1, 1]
 
 
 @pytest.mark.parametrize("device", [FAR, GPU])
