@@ -22,6 +22,10 @@ def campaign(small: int, full: int) -> int:
     return full if IS_CAMPAIGN else small
 
 
+PATIENCE = 1200
+"""Seconds that tests wait for other processes: none needs them, unless the machine is overloaded
+or something hangs."""
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -30,6 +30,7 @@ from dora_dynamics.baseline import Baselines
 from dora_dynamics.followed import Followed
 from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
 from dora_dynamics.sites import NoSiteMatchesError
+from tests.conftest import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -326,7 +327,7 @@ with recorder.attach(optimizer):
         run = tmp_path / "run"
         process = subprocess.Popen([sys.executable, "-c", program, str(run)])
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             file = run / "trajectory.csv"
             while not file.exists() or file.read_bytes().count(b"\n") < 12:
                 assert process.poll() is None

@@ -20,6 +20,10 @@ _PATIENCE: Final = timedelta(days=1)
 """How long a process waits for the others: a large weight from a slow disk takes its time."""
 
 
+class LostProcessError(CheckpointError):
+    """One of the processes was killed or has lost its connection; each of the others says so."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes that work together; every method is called by all of them, or by none.
@@ -53,6 +57,7 @@ class Processes:
 
         Raises:
             InputError: the first error of any process, on all of them.
+            LostProcessError: one of them is gone.
         """
         if self.count == 1:
             return [action()]
@@ -67,7 +72,16 @@ class Processes:
         except Exception as error:
             said = (CheckpointError, f"process {self.rank}: {type(error).__name__}: {error}")
         outcomes: list[Any] = [None] * self.count
-        dist.all_gather_object(outcomes, (result, said))
+        lost: str | None = None
+        try:
+            dist.all_gather_object(outcomes, (result, said))
+        except RuntimeError as broken:
+            lost = str(broken).partition("\n")[0]
+        if lost is not None:  # not from `broken`, whose frames hold the group and its threads
+            raise LostProcessError(
+                f"another process of this comparison has ended ({lost}); what was written is "
+                "complete, and with --out the same command with --resume goes on."
+            )
         for _, failure in outcomes:
             if failure is not None:
                 kind, message = failure
@@ -97,5 +111,6 @@ def started_processes() -> Iterator[Processes]:
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), count)
+        dist.barrier()  # none takes its connections away while another still uses them
     finally:
         dist.destroy_process_group()

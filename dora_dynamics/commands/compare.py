@@ -73,7 +73,7 @@ def compare(paths: tuple[str, ...], **options: Any) -> None:
     the chosen weights are read. torchrun -m dora_dynamics compare … spreads the weights over
     processes and machines that share the files.
     """
-    from dora_dynamics.checkpoints.spreading import started_processes
+    from dora_dynamics.checkpoints.spreading import LostProcessError, started_processes
 
     if not paths:
         raise click.UsageError("give a base and at least one checkpoint.")
@@ -81,8 +81,8 @@ def compare(paths: tuple[str, ...], **options: Any) -> None:
         with started_processes() as processes:
             try:
                 _compare(paths, processes, **options)
-            except InputError:
-                if processes.is_first:
+            except InputError as error:
+                if processes.is_first or isinstance(error, LostProcessError):
                     raise
                 sys.exit(2)  # the first process says it
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Save a model sharded over two processes, as FSDP does: torchrun-like, started by the test."""
+"""Save a model sharded over processes, as FSDP does: `torchrun fsdp_save.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,12 @@ def model() -> nn.Module:
 
 
 if __name__ == "__main__":
-    rank, folder = int(sys.argv[1]), sys.argv[2]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     sharded = model()
-    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     with torch.no_grad():
         for parameter in sharded.parameters():
             parameter.mul_(1.5).add_(0.01)
-    save({"model": sharded.state_dict()}, checkpoint_id=folder)
+    save({"model": sharded.state_dict()}, checkpoint_id=sys.argv[1])
     dist.barrier()
-    os._exit(0)  # see tests/integrations/test_loops.py: gloo's threads while the interpreter ends
+    os._exit(0)  # see tests/torchrun.py

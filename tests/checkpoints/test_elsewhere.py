@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import safetensors.torch
 import torch
 
 from dora_dynamics.checkpoints import CheckpointError, compare_checkpoints, distributed
+from tests.torchrun import torchrun
 
 from .adapters import train_and_save
 from .models import bert, check, nudge, state
@@ -23,15 +21,9 @@ FSDP = Path(__file__).with_name("fsdp_save.py")
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_shards_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path / "checkpoint-8" / "pytorch_model_fsdp_0"
-    ranks = [
-        subprocess.Popen([sys.executable, str(FSDP), str(rank), str(folder), str(port)])
-        for rank in (0, 1)
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    done = torchrun(2, str(FSDP), str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(folder.glob("*.distcp"))) == 2
     spec = importlib.util.spec_from_file_location("fsdp_save", FSDP)
     assert spec is not None

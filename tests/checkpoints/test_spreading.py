@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed import TCPStore
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import dora_dynamics as dd
-from dora_dynamics.checkpoints.spreading import Processes
+from dora_dynamics.checkpoints.spreading import LostProcessError, Processes
+from tests.torchrun import torchrun
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +32,30 @@ def test_work_is_shared_evenly_and_whole() -> None:
     assert Processes().share(sizes) == list(range(len(sizes)))
 
 
+def test_a_process_that_was_lost_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was raised for it holds no group, whose threads could abort the process."""
+
+    class Group:
+        pass
+
+    groups = [Group()]
+    of_group = weakref.ref(groups[0])
+
+    def broken(*_: object) -> None:
+        held = groups[0]
+        raise RuntimeError(f"Connection closed by peer\n{type(held)}")
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", broken)
+    with pytest.raises(LostProcessError, match=r"has ended \(Connection closed by peer\)") as lost:
+        Processes(0, 2).each(lambda: None)
+    assert lost.value.__context__ is None
+    groups.clear()
+    assert of_group() is None
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_torchrun_compares_as_one_process(tmp_path: Path) -> None:
-    """A file and a distributed checkpoint; then one that only some processes find damaged."""
+    """A file and distributed checkpoints, begun and resumed; what only some processes see."""
     torch.manual_seed(0)
     base = {
         f"layers.{layer}.{name}.weight": torch.randn(5 + layer, 7)
@@ -51,6 +72,12 @@ def test_torchrun_compares_as_one_process(tmp_path: Path) -> None:
     expected = dd.compare_checkpoints(
         tmp_path / "base.safetensors", checkpoints, ["query", "value"], run="spread"
     )
+    dd.compare_checkpoints(
+        tmp_path / "base.safetensors", checkpoints[0], ["query", "value"], out=tmp_path / "resumed"
+    )
+    begun = tmp_path / "resumed" / "trajectory.csv"
+    lines = begun.read_bytes().splitlines(keepends=True)
+    begun.write_bytes(b"".join([*lines, *lines[1:3], lines[3][:40]]))  # killed among rows
     bad = dict(base)
     bad["layers.2.v_proj.weight"] = torch.full((7, 7), torch.nan)
     save_file(bad, tmp_path / "bad.safetensors")
@@ -62,15 +89,19 @@ def test_torchrun_compares_as_one_process(tmp_path: Path) -> None:
     shard.write_bytes(content)
 
     spread = ["base.safetensors", "step-10", "step-20", "--targets", "query,value"]
-    codes, said, errors = torchrun(
+    codes, said, errors = compared_by_two(
         tmp_path,
         [*spread, "--out", "spread"],
+        [*spread, "--out", "resumed", "--resume"],
         ["base.safetensors", "bad.safetensors", "--out", "none"],
         ["base.safetensors", "damaged", "--out", "none"],
     )
-    assert codes == [[0, 2, 2]] * 2, errors
+    assert codes == [[0, 0, 2, 2]] * 2, errors
     pd.testing.assert_frame_equal(dd.load_runs(tmp_path / "spread"), expected)
-    assert said[0].count("Wrote 12 rows") == 1
+    pd.testing.assert_frame_equal(
+        dd.load_runs(tmp_path / "resumed"), expected.assign(run="resumed")
+    )
+    assert said[0].count("Wrote 12 rows") == 2
     assert not said[1]
     assert errors[0].count("holds NaN or Inf in 7 of 7 units of layers.2.v_proj") == 1
     assert errors[0].count("is damaged") == 1
@@ -78,37 +109,44 @@ def test_torchrun_compares_as_one_process(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def torchrun(folder: Path, *commands: list[str]) -> tuple[list[list[int]], list[str], list[str]]:
-    """Each command on two processes, as torchrun starts them; imports are paid once a process."""
-    code = (
-        "import json, os, sys\n"
-        "from dora_dynamics.cli import main\n"
-        "codes = []\n"
-        "for port, command in json.loads(sys.argv[1]):\n"
-        "    os.environ['MASTER_PORT'] = str(port)\n"
-        "    sys.argv[1:] = ['compare', *command]\n"
-        "    try:\n"
-        "        codes.append(main() or 0)\n"
-        "    except SystemExit as error:\n"
-        "        codes.append(error.code or 0)\n"
-        "print(codes, file=open('codes-' + os.environ['RANK'], 'w'))\n"
-    )
-    from torch.distributed.elastic.utils.distributed import get_free_port
+def compared_by_two(
+    folder: Path, *commands: list[str]
+) -> tuple[list[list[int]], list[str], list[str]]:
+    """Each command as `torchrun … -m dora_dynamics` runs it; imports are paid once a process.
 
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    arguments = json.dumps([(get_free_port(), command) for command in commands])
-    started: list[Any] = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, arguments], cwd=folder, text=True,
-            env=environment | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        spoken = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    codes = [json.loads((folder / f"codes-{rank}").read_text()) for rank in range(2)]
-    return codes, [out for out, _ in spoken], [err for _, err in spoken]
+    Torchrun's own port serves the first; the others have theirs, which this process holds.
+    """
+    stores = [
+        TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands[1:]
+    ]
+    program = folder / "compare_all.py"
+    program.write_text(PROGRAM)
+    ports = [None, *(store.port for store in stores)]
+    done = torchrun(
+        2, str(program), json.dumps(list(zip(ports, commands, strict=True))), cwd=folder
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    of_ranks = [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
+    codes, said, errors = zip(*of_ranks, strict=True)
+    return list(codes), list(said), list(errors)
+
+
+PROGRAM = """
+import io, json, os, runpy, sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+codes, said, errors = [], io.StringIO(), io.StringIO()
+for port, command in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port or os.environ["MASTER_PORT"])
+    sys.argv = ["dora-dynamics", "compare", *command]
+    with redirect_stdout(said), redirect_stderr(errors):
+        try:
+            runpy.run_module("dora_dynamics", run_name="__main__")
+        except SystemExit as error:
+            codes.append(error.code or 0)
+    for task in Path("/proc/self/task").glob("*/comm"):  # one could abort the process at its end
+        assert "gloo" not in task.read_text(), "a thread of gloo outlives the group"
+content = [codes, said.getvalue(), errors.getvalue()]
+Path(f"said-{os.environ['RANK']}.json").write_text(json.dumps(content))
+"""

@@ -10,16 +10,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import tempfile
 import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from tests.conftest import PATIENCE
 from tests.distributed import lifecycle, placements, recording, trainers
 
 if TYPE_CHECKING:
@@ -73,7 +75,15 @@ def worker(
     good = run_all("cpu", only)
     if good and expected and world == 2:
         good = run_case("trainers", lambda _: trainers.one_run_for_all(expected), "cpu")
-    os._exit(0 if good else 1)  # a forked process leaves the parent's clean-up to the parent
+    end(good)
+
+
+def end(good: bool) -> NoReturn:
+    """The end of a process; see tests/torchrun.py. One that failed waits for nobody."""
+    if good:
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0 if good else 1)
 
 
 def main() -> None:
@@ -89,9 +99,7 @@ def main() -> None:
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
-        good = run_all(options.device, options.only)
-        dist.destroy_process_group()
-        raise SystemExit(0 if good else 1)
+        end(run_all(options.device, options.only))
     expected: dict[str, pd.DataFrame] = {}
     if trainers.AVAILABLE and 2 in options.worlds and options.only in (None, "trainers"):
         with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +118,7 @@ def main() -> None:
             ]
             for process in started:
                 process.start()
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + PATIENCE
             while any(p.is_alive() for p in started) and time.monotonic() < deadline:
                 if any(p.exitcode for p in started):
                     break

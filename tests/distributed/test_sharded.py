@@ -11,7 +11,9 @@ from torch import nn
 
 import dora_dynamics as dd
 from dora_dynamics.sharded import ShardingError
+from tests.conftest import IS_CAMPAIGN, PATIENCE
 from tests.distributed import trainers
+from tests.torchrun import torchrun
 
 CASES = 10
 
@@ -21,10 +23,20 @@ def test_sharded_models_are_followed_as_whole_ones() -> None:
     """Two and four processes run `launch.CASES`: see there, and beside it."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.launch", "--worlds", "2", "4"],
-        capture_output=True, text=True, check=False, timeout=600,
+        capture_output=True, text=True, check=False, timeout=2 * PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": ok, ") == 2 * CASES + trainers.AVAILABLE, done.stdout
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.skipif(not IS_CAMPAIGN, reason="the test above runs the same cases, and forks")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_by_torchrun(processes: int) -> None:
+    done = torchrun(processes, "-m", "tests.distributed.launch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": ok, ") == CASES, done.stdout
 
 
 class TestHiddenWeights:

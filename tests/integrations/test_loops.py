@@ -369,9 +369,7 @@ def _train_in_parallel(rank: int, folder: str) -> None:
     if rank == 0 and torch.equal(*results):
         (Path(folder) / "identical").touch()
     torch.distributed.barrier()
-    # Gloo's threads outlive the group while DDP holds it, and one that asks for the interpreter
-    # while it shuts down aborts the process; so there is no shutting down.
-    os._exit(0)
+    os._exit(0)  # see tests/torchrun.py
 
 
 class TestCost:

@@ -17,6 +17,7 @@ import dora_dynamics as dd
 from dora_dynamics import run_lock
 from dora_dynamics.checkpoints import compare_checkpoints
 from dora_dynamics.run_directory import RunDirectoryError
+from tests.conftest import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,8 +108,8 @@ def test_a_worker_that_was_forked_neither_holds_nor_ends_the_lock(tmp_path: Path
 
     worker = context.Process(target=work)
     worker.start()
-    assert f"process {os.getpid()} on" in queue.get(timeout=60)
-    worker.join(60)
+    assert f"process {os.getpid()} on" in queue.get(timeout=PATIENCE)
+    worker.join(PATIENCE)
     assert (tmp_path / ".lock").exists()
     give_back()
     give_back()
