@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import dora_dynamics as dd
 from tests.distributed.recording import (
@@ -51,42 +52,62 @@ def model_of(kind: type[Net]) -> Net:
     return model.to(torch.float64)
 
 
-def by_trainer(folder: Path, processes: int) -> pd.DataFrame:
-    """Eight samples a step, over all processes."""
+def by_trainer(folder: Path, processes: int, *, sharded: bool = False) -> pd.DataFrame:
+    """Eight samples a step, over all processes; `sharded` by FSDP2."""
+    from accelerate import FullyShardedDataParallelPlugin
     from transformers import Trainer, TrainingArguments
 
     from dora_dynamics.integrations.transformers import RecorderCallback
 
+    class Sharding(Trainer):  # type: ignore[misc]
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            offer_fsdp(self.accelerator, plugin)
+            self.is_fsdp_enabled = True
+
+    by_block = {"version": 2, "transformer_layer_cls_to_wrap": ["Block"]}
     args = TrainingArguments(
         str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=8 // processes,
         report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", logging_steps=2,
         learning_rate=1e-2, optim="adamw_torch", weight_decay=0.1, max_grad_norm=1.0, seed=0,
         ddp_backend="gloo" if processes > 1 else None, dataloader_pin_memory=False,
+        fsdp="full_shard auto_wrap" if sharded else "", fsdp_config=by_block if sharded else None,
     )  # fmt: skip
-    callback = RecorderCallback(TARGETS, every=1, run_dir=folder / "trainer")
-    Trainer(
+    run_dir = folder / ("trainer, sharded" if sharded else "trainer")
+    callback = RecorderCallback(TARGETS, every=1, run_dir=run_dir)
+    trainer = (Sharding if sharded else Trainer)(
         model=model_of(Batched),
         args=args,
         train_dataset=data(),
         callbacks=[callback],
-    ).train()
+    )
+    trainer.train()
+    assert sharded == isinstance(next(trainer.model.parameters()), DTensor)
     return callback.trajectory
+
+
+def offer_fsdp(accelerator: Any, plugin: Any) -> None:
+    """Without a GPU, Accelerate does not offer FSDP, but what it does then works."""
+    from accelerate.utils import DistributedType
+
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
 
 
 def by_accelerate(folder: Path | None, sharded: str | None = None) -> pd.DataFrame:
     """A loop of one's own; `sharded` by FSDP2, where all or only the first process loads."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType
 
     accelerator = Accelerator(cpu=True)
-    if sharded:  # without a GPU, Accelerate does not offer FSDP, but what it does then works
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+    if sharded:
+        plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["Block"],
             cpu_ram_efficient_loading=sharded == "the first loads",
         )
+        offer_fsdp(accelerator, plugin)
     model: Any = model_of(Net)
     if sharded == "the first loads" and dist.get_rank() > 0:
         for parameter in model.parameters():
@@ -120,21 +141,23 @@ def one_run_for_all(expected: Mapping[str, pd.DataFrame]) -> float:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     worst = 0.0
     with one_folder() as folder:
-        for name in ("trainer", "accelerate", "all load", "the first loads"):
+        for name in (
+            "trainer", "trainer, sharded", "accelerate", "all load", "the first loads",
+        ):  # fmt: skip
             forget_processes()
-            if name == "trainer":
-                table = by_trainer(folder, 2)
+            if "trainer" in name:
+                table = by_trainer(folder, 2, sharded="sharded" in name)
             else:
                 table = by_accelerate(folder / name, None if name == "accelerate" else name)
             dist.barrier()
             pd.testing.assert_frame_equal(dd.load_runs(folder / name), table)
-            single = expected["trainer" if name == "trainer" else "accelerate"]
+            single = expected["trainer" if "trainer" in name else "accelerate"]
             assert table["run"].unique().tolist() == [name]
             worst = max(worst, table_difference(table, single))
             dist.barrier()
-        assert sorted(p.name for p in (folder / "trainer").iterdir()) == [
-            "run.json", "trajectory.csv",
-        ]  # fmt: skip
+            assert sorted(p.name for p in (folder / name).iterdir()) == [
+                "run.json", "trajectory.csv",
+            ]  # fmt: skip
     return worst
 
 
