@@ -18,7 +18,10 @@ import dora_dynamics as dd
 from dora_dynamics.decomposition import UnitChange
 from dora_dynamics.run_directory import RunInfo, append_rows, create_run, write_info
 from dora_dynamics.trajectory import to_table
+from dora_dynamics.unit_arithmetic import MEASURES
+from tests.conftest import campaign
 from tests.test_run_directory import rows
+from tests.test_statistics import simulated
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 SEEDS = st.integers(0, 2**31)
@@ -63,7 +66,7 @@ def test_transposing_is_changing_the_axis(
 
 @EXAMPLES
 @given(shape=SHAPES, seed=SEEDS, relative=RELATIVE)
-def test_permuting_units_permutes_their_changes(
+def test_permuting_units_permutes_their_changes_and_no_measure(
     shape: tuple[int, int], seed: int, relative: float
 ) -> None:
     before, after = pair(shape, seed, relative)
@@ -72,7 +75,10 @@ def test_permuting_units_permutes_their_changes(
     np.testing.assert_allclose(
         mixed.units.one_minus_cosine, plain.units.one_minus_cosine[order.numpy()], rtol=1e-9
     )
-    assert mixed.delta_direction == pytest.approx(plain.delta_direction, rel=1e-9)
+    for name in MEASURES:
+        assert getattr(mixed, name) == pytest.approx(
+            getattr(plain, name), rel=1e-9, abs=1e-300, nan_ok=True
+        ), name
 
 
 @settings(max_examples=20, deadline=None)
@@ -128,3 +134,28 @@ def test_a_trajectory_in_parts_is_the_whole(seed: int, steps: int, parts: int) -
         table = dd.load_runs(paths).drop(columns="run")
     whole = to_table(content).drop(columns="run")
     pd.testing.assert_frame_equal(table, whole, check_exact=True)
+
+
+@pytest.mark.campaign
+@settings(max_examples=campaign(1, 8), deadline=None)
+@given(
+    rho=st.floats(-0.9, 0.9),
+    confidence=st.sampled_from([0.8, 0.95]),
+    layers=st.integers(6, 12),
+    runs=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+def test_bootstrap_intervals_cover_the_truth_at_their_stated_rate(
+    rho: float, confidence: float, layers: int, runs: int, seed: int
+) -> None:
+    """Of studies simulated with a known correlation, that share of intervals holds it."""
+    draws = campaign(60, 200)
+    studies = pd.concat(
+        simulated(runs=runs, layers=layers, rho=rho, seed=seed + i).assign(method=i)
+        for i in range(draws)
+    )
+    found = dd.coupling(studies, "method", confidence=confidence, resamples=200, permutations=0)
+    chance = 4 * np.sqrt(confidence * (1 - confidence) / draws)
+    for name, truth in (("pearson", rho), ("slope", rho)):
+        covered = (found[f"{name}_low"] <= truth) & (found[f"{name}_high"] >= truth)
+        assert abs(covered.mean() - confidence) < 0.05 + chance, (name, covered.mean())
