@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.distributed import TCPStore
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import dora_dynamics as dd
@@ -117,7 +116,8 @@ def compared_by_two(
     Torchrun's own port serves the first; the others have theirs, which this process holds.
     """
     stores = [
-        TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands[1:]
+        torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for _ in commands[1:]
     ]
     program = folder / "compare_all.py"
     program.write_text(PROGRAM)

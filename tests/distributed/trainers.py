@@ -59,7 +59,7 @@ def by_trainer(folder: Path, processes: int, *, sharded: bool = False) -> pd.Dat
 
     from dora_dynamics.integrations.transformers import RecorderCallback
 
-    class Sharding(Trainer):  # type: ignore[misc]
+    class Sharding(Trainer):
         def create_accelerator_and_postprocess(self) -> None:
             super().create_accelerator_and_postprocess()
             plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -76,7 +76,7 @@ def by_trainer(folder: Path, processes: int, *, sharded: bool = False) -> pd.Dat
     )  # fmt: skip
     run_dir = folder / ("trainer, sharded" if sharded else "trainer")
     callback = RecorderCallback(TARGETS, every=1, run_dir=run_dir)
-    trainer = (Sharding if sharded else Trainer)(
+    trainer: Any = (Sharding if sharded else Trainer)(
         model=model_of(Batched),
         args=args,
         train_dataset=data(),
