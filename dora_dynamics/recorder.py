@@ -14,15 +14,14 @@ from dora_dynamics.baseline import Baselines, Place
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, common_method, follow
-from dora_dynamics.metrics import role_means
-from dora_dynamics.optimizers import settings, unwrapped
-from dora_dynamics.recording import Recording
+from dora_dynamics.recording import Recording, Watch
+from dora_dynamics.recording.metrics import role_means
+from dora_dynamics.recording.optimizers import settings, unwrapped
 from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
 from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import Site, find_sites
-from dora_dynamics.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence

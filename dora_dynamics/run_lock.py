@@ -3,7 +3,7 @@
 The lock is the operating system's own, on a file `.lock` in the directory. It ends with the process
 that holds it, however that ends, so that none is ever stale; the file itself says nothing. Within
 one process any number of recorders may hold it: which of them the directory belongs to is told by
-its table (see `held_table`).
+its table (see `recording.held_table`).
 """
 
 from __future__ import annotations

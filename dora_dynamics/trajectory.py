@@ -2,6 +2,22 @@
 
 Everything to the right of the measuring code (statistics, plotting, diagnosis, report) reads this
 table and nothing else. Every column below has one documented meaning and one type.
+
+What becomes of unusual weights:
+
+- NaN or Inf in a weight, fp16 overflow: `non_finite` counts the units, and the measures of that row
+  are NaN; other rows are as ever.
+- Weights that explode: exact as long as their squares fit float64.
+- Units of zero norm: counted in `zero_units`; in ΔM, left out of ΔD, which is NaN where all are.
+- Weights that stay: ΔM and ΔD exactly 0; couplings NaN.
+- Denormal weights, and turns below what fp32 can say: exact, in memory and on disk.
+- Steps that a gradient scaler skips are no steps: not counted, no rows.
+- Another parameter of the same shape in the weight's place: followed, against the same W_0.
+- A weight of another shape, or on the meta device, in training: its steps have no rows, and one
+  warning says so; `strict=True` raises.
+- Tied weights have a row for each selected name, with equal numbers; a module that two parents
+  share has one, under the first name.
+- Gradient checkpointing, `torch.compile`, a second recorder: the same training, the same rows.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 import dora_dynamics as dd
-from dora_dynamics.recorded_rows import RecordedRows
+from dora_dynamics.recording.rows import RecordedRows
+from dora_dynamics.recording.troubles import Troubles
 from dora_dynamics.trajectory import COLUMNS
-from dora_dynamics.troubles import Troubles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What becomes of unusual weights, row by row of the table in ARCHITECTURE.md."""
+"""What becomes of unusual weights, line by line of `dora_dynamics.trajectory`."""
 
 from __future__ import annotations
 

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from dora_dynamics import run_directory, run_lock, trajectory_csv
-from dora_dynamics.held_table import HeldTable
+from dora_dynamics.recording.held_table import HeldTable
+from dora_dynamics.recording.troubles import in_words
 from dora_dynamics.run_directory import RUN_FILE, RunDirectoryError
 from dora_dynamics.trajectory import to_table
 from dora_dynamics.trajectory_csv import TRAJECTORY_FILE
-from dora_dynamics.troubles import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from dora_dynamics.recording.troubles import Troubles
     from dora_dynamics.resume import Progress
     from dora_dynamics.run_directory import RunInfo
-    from dora_dynamics.troubles import Troubles
 
 Row = dict[str, object]
 

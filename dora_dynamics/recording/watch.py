@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from dora_dynamics.followed import MagnitudeParameters
-from dora_dynamics.optimizers import StepDecay, trains_any, was_skipped
+from dora_dynamics.recording.optimizers import StepDecay, trains_any, was_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 from dora_dynamics._arrays import is_sharded
 from dora_dynamics._precision import full_precision
-from dora_dynamics.backlog import Backlog
 from dora_dynamics.measurement import Measurement, checks_of
-from dora_dynamics.recorded_rows import RecordedRows
-from dora_dynamics.recorded_step import RecordedStep
+from dora_dynamics.recording.backlog import Backlog
+from dora_dynamics.recording.rows import RecordedRows
+from dora_dynamics.recording.step import RecordedStep
+from dora_dynamics.recording.troubles import Troubles, in_words
 from dora_dynamics.sharded import Adapted, ShardingError
 from dora_dynamics.sharded.collectives import by_main_process
 from dora_dynamics.snapshots import has_baseline
-from dora_dynamics.troubles import Troubles, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from dora_dynamics.backlog import LIMIT, Backlog
+from dora_dynamics.recording.backlog import LIMIT, Backlog
 
 
 def test_everything_is_done_in_order() -> None:
