@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import dora_dynamics as dd
@@ -116,8 +117,7 @@ def compared_by_two(
     Torchrun's own port serves the first; the others have theirs, which this process holds.
     """
     stores = [
-        torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for _ in commands[1:]
+        TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands[1:]
     ]
     program = folder / "compare_all.py"
     program.write_text(PROGRAM)
