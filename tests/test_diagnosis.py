@@ -552,3 +552,10 @@ def test_designs_are_drawn_in_their_range() -> None:
         assert len({design.size for design in designs}) == 20
         decaying = kind in ("decay", "own magnitude")
         assert all(decaying or design.total_decay == 0 for design in designs)
+
+
+def test_an_overflowing_row_gives_no_warning(tables: dict[Kind, pd.DataFrame]) -> None:
+    rows = tables["turning"].copy()
+    last = rows.index[-1]
+    rows.loc[last, ["delta_magnitude", "signed_delta_magnitude"]] = 1e300
+    assert diagnose(rows, reference=None).verdict != "not enough data"

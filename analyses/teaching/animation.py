@@ -98,10 +98,11 @@ def picture(motion: Motion, source: str) -> Picture:
     )
     caption = (
         f"ΔM against ΔD of the {motion.role} matrices as training goes on, {source}; one point a "
-        "weight, the line behind it is its path so far, the number its layer; each panel has "
-        "scales of its own. Every path starts at the origin, so that all of them rise at first: "
-        "what tells the methods apart is how the points lie to each other at one time. At the end "
-        f"r across the weights is {ends}, and the magnitudes that shrank are {signs}."
+        "weight, the line behind it is its path so far, the number its layer, where there is room; "
+        "each panel has scales of its own. Every path starts at the origin, so that all of them "
+        "rise at first: what tells the methods apart is how the points lie to each other at one "
+        f"time. At the end r across the weights is {ends}, and the magnitudes that shrank are "
+        f"{signs}."
     )
     alt = (
         "Three panels, FT, LoRA and DoRA, in which points move away from the origin as the step "

@@ -195,13 +195,13 @@ def infer(
                 twice = (len(once) - 1) * once.var(axis=0)
                 part = np.maximum(part - np.where(np.isfinite(twice), twice, 0.0), 0.0)
             net.append(part)
-    variances, number = np.stack(net), np.array(sizes)[:, None]
-    whole = variances.sum(axis=0)
-    positive = np.where(whole > 0, whole, 1.0)
-    kept = np.sum(np.stack(parts) * (number - 1) / number, axis=0)
-    factor = np.where(kept > 0, whole / np.where(kept > 0, kept, 1.0), 1.0)
-    inverse = np.sum((variances / positive) ** 2 / (number - 1), axis=0)
-    freedom = 1 / np.maximum(inverse, 1 / np.sum(number - 1))
+        variances, number = np.stack(net), np.array(sizes)[:, None]
+        whole = variances.sum(axis=0)
+        positive = np.where(whole > 0, whole, 1.0)
+        kept = np.sum(np.stack(parts) * (number - 1) / number, axis=0)
+        factor = np.where(kept > 0, whole / np.where(kept > 0, kept, 1.0), 1.0)
+        inverse = np.sum((variances / positive) ** 2 / (number - 1), axis=0)
+        freedom = 1 / np.maximum(inverse, 1 / np.sum(number - 1))
 
     defined = np.isfinite(drawn).any(axis=0) & np.isfinite(centre) & np.isfinite(whole)
     low, high = np.nanquantile(np.where(defined, drawn, 0.0), [_TAIL, 1 - _TAIL], axis=0)

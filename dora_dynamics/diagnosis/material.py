@@ -117,6 +117,9 @@ def gather(
     if lost:
         notes.append(f"{lost} rows are left out: their weights are not finite or did not change.")
 
+    if own.empty:
+        return Material(name, own, own, {}, True, False, tuple(_lacking(rows, own)), tuple(notes))
+
     binding = True
     if isinstance(reference, str) and reference == RECORDED:
         against, binding = others, not others.empty
@@ -220,7 +223,7 @@ def _recorded(own: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     against = recorded_runs(decays=bool((own["total_decay"] > 0).any()))
     wanted = "Record FT and LoRA with your recipe and pass them as the reference."
     roles, theirs = sorted(set(own["role"])), sorted(set(against["role"]))
-    if not own.empty and not set(roles) & set(theirs):
+    if not set(roles) & set(theirs):
         notes.append(
             f"compared with nothing: the project's own runs follow {', '.join(theirs)}, and these "
             f"{', '.join(roles)}. {wanted}"

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
+import pandas as pd
 
 from dora_dynamics._intervals import MINIMUM_LAYERS
 from dora_dynamics.report.recorded import CHECKPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    import pandas as pd
 
     from dora_dynamics.report.recorded import Recorded, Run
 
@@ -42,6 +41,7 @@ def cautions(recorded: Recorded) -> list[Caution]:
     found = [
         *_non_finite(recorded),
         *_few_points(recorded),
+        *_copies(recorded),
         *_decay(recorded),
         *_baselines(recorded),
         *_axis(recorded),
@@ -185,6 +185,23 @@ def _few_points(recorded: Recorded) -> Iterator[Caution]:
             f"{_listed(single, 8)}: one run each. The intervals are over layers alone; how much "
             "another seed would change is not in them.",
         )
+
+
+def _copies(recorded: Recorded) -> Iterator[Caution]:
+    """Runs of one method that hold the same numbers: no more evidence than one of them."""
+    late = recorded.late
+    runs: dict[tuple[str, bytes], list[str]] = {}
+    for name, rows in late.groupby("run", sort=False):
+        held = rows[["step", "site", "head", "delta_magnitude", "delta_direction"]]
+        numbers = np.sort(pd.util.hash_pandas_object(held, index=False).to_numpy()).tobytes()
+        runs.setdefault((str(rows["method"].iloc[0]), numbers), []).append(str(name))
+    for same in runs.values():
+        if len(same) > 1:
+            yield Caution(
+                "copies",
+                f"{_listed(same)} hold the same numbers. The diagnosis counts them once, but the "
+                "intervals of the couplings take them for runs of their own, and are too narrow.",
+            )
 
 
 def _incomplete(recorded: Recorded) -> Iterator[Caution]:

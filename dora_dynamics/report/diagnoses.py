@@ -80,7 +80,7 @@ def _in_words(diagnosis: Diagnosis, against: str) -> MethodDiagnosis:
         method=diagnosis.method,
         verdict=f"{diagnosis.method}: {diagnosis.verdict} ({diagnosis.meaning})",
         sure=diagnosis.certainty,
-        against=against,
+        against=against if names else "nothing",
         found=diagnosis.found,
         advice=diagnosis.advice,
         limits=diagnosis.warnings,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 def three_digits(value: float) -> str:
-    """A number with its sign and three digits, a true minus: "−1,690", "+0.012", "+1.2e−05"."""
+    """A number with its sign and three digits, a true minus: "−1,690", "+0.0120", "+1.20e−05"."""
     plain = value == 0 or 1e-3 <= abs(value) < 1e6
     rounded = float(f"{value:.3g}")
-    text = f"{rounded:+,.0f}" if plain and abs(rounded) >= 100 else f"{value:+.3g}"
+    text = f"{rounded:+,.0f}" if plain and abs(rounded) >= 100 else f"{value:+#.3g}"
     return text.replace("-", "−")
 
 

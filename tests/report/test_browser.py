@@ -179,6 +179,8 @@ def test_legend_site_and_arrow_keys_reach_every_chart(opened: Opened) -> None:
     chart.press("ArrowRight")
     readout = page.locator("#paper-0-0 + .readout")
     assert "encoder.0.query, step" in readout.inner_text()
+    chart.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "paper-0-1"  # one stop a chart
     page.locator("#heat-delta_magnitude-0-0").press("ArrowRight")
     page.locator("#heat-delta_magnitude-0-0").press("ArrowDown")
     assert "layer" in page.locator("#heat-delta_magnitude-0-0 + .readout").inner_text()

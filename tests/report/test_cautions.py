@@ -32,6 +32,13 @@ def test_one_run_short_runs_and_few_layers(tmp_path: Path) -> None:
     assert any("FT, query: 3" in text for text in kinds)
 
 
+def test_copies_of_a_run_are_named(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, run=name, seed=3) for name in ("one", "two")]
+    assert told(*runs)["copies"].startswith("one, two hold the same numbers.")
+    other = make_run(tmp_path / "other", "LoRA", seed=3)  # of another method
+    assert "copies" not in told(runs[0], other)
+
+
 def test_the_input_axis(tmp_path: Path) -> None:
     assert "not comparable" in told(make_run(tmp_path / "ft", axis="input"))["axis"]
 

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -23,6 +24,7 @@ from dora_dynamics.report.kept_units import MOST_POINTS, KeptUnits
 from dora_dynamics.report.names import names_of
 from dora_dynamics.report.page_data import page_data
 from dora_dynamics.report.series import MEASURES, MOST_VALUES, lay_out
+from dora_dynamics.report.words import three_digits
 from dora_dynamics.report.writing import as_script_json, figures_json
 from dora_dynamics.run_directory import RunDirectoryError
 from tests.report.report_runs import make_run, many_rows
@@ -238,6 +240,35 @@ def test_one_method_is_diagnosed_against_what_is_given(tmp_path: Path) -> None:
     assert "Compared with FT, LoRA." in "".join(page.text)
     alone = written(tmp_path / "r.html", runs["DoRA"])
     assert "Compared with the project's own recorded runs." in "".join(alone.text)
+    elsewhere = make_run(tmp_path / "elsewhere", layers=4, roles=("up",))
+    page = written(tmp_path / "r.html", elsewhere)
+    assert "Compared with nothing." in "".join(page.text)
+
+
+def test_a_run_without_a_finite_row_is_said_to_have_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "ft", layers=4, roles=("query",))
+    table = pd.read_csv(run / "trajectory.csv")
+    table[["delta_magnitude", "delta_direction"]] = np.nan
+    table.to_csv(run / "trajectory.csv", index=False)
+    text = " ".join("".join(written(tmp_path / "r.html", run).text).split())
+    assert "not enough data" in text
+    assert "Compared with nothing." in text
+    assert "has no weight of role" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.38, "+0.380"),
+        (-0.8, "−0.800"),
+        (1.2e-5, "+1.20e−05"),
+        (-1690.4, "−1,690"),
+        (99.99, "+100"),
+        (0.0, "+0.00"),
+    ],
+)
+def test_numbers_have_three_digits(value: float, shown: str) -> None:
+    assert three_digits(value) == shown
 
 
 def test_a_hundred_sites_at_a_thousand_steps_stay_below_six_megabytes() -> None:

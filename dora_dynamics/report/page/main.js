@@ -39,6 +39,10 @@ async function start() {
   page.start();
   const places = doc.roots().map((plot) => byId(roots[plot.id]));
   await Bokeh.embed.add_document_standalone(doc, document.body, places);
+  for (const plot of doc.roots()) {
+    // The chart's place takes the focus: it has a name, and answers to the arrow keys.
+    Bokeh.index.get(plot).canvas_view.events_el.tabIndex = -1;
+  }
   charts.watch();
   window.doraReport = { model, state, doc, page };
   document.body.dataset.ready = "yes";
