@@ -192,7 +192,7 @@ def gpu_ways(case: Case, sets: list[Pairs]) -> dict[str, Way]:
             "naive": Way(lambda: [naive([built(u, torch.float32)]) for u in updates]),
             "naive, float64": Way(lambda: [naive([built(u, torch.float64)]) for u in updates]),
             "built, then triton": Way(lambda: [launch([built(u, torch.float32)]) for u in updates]),
-            "low rank": Way(lambda: triton_low_rank.queue(updates), result=UnitSums(*sums)),
+            "low rank": Way(lambda: triton_low_rank.queue(updates), result=UnitSums(sums)),
             "low rank, to host": Way(lambda: low_rank.low_rank_sums_of_all(updates), wall=True),
         }
     plans = [triton_path.make_plan(pairs) for pairs in sets]

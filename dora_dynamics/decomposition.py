@@ -251,9 +251,9 @@ def _rescale(sums: _kernels.UnitSums, magnitude: Tensor) -> UnitChange:
     return UnitChange(*rescaled(unit_arrays(a, e, c, P), P, magnitude.numpy(force=True)))
 
 
-def _arrays(sums: _kernels.UnitSums) -> tuple[NDArray[np.float64], ...]:
-    fields = (sums.before_square, sums.dot, sums.update_square, sums.tangential_square)
-    return tuple(field.numpy(force=True) for field in fields)
+def _arrays(sums: _kernels.UnitSums) -> NDArray[np.float64]:
+    table: NDArray[np.float64] = sums.table.numpy(force=True)
+    return table
 
 
 def reduce_units(units: UnitChange, axis: Axis) -> WeightChange:

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Rows = NDArray[np.float32] | NDArray[np.float64]
+    _Read = Callable[[slice, slice], tuple[Rows, Rows]]
+    """Gives w_0 and d of these rows and columns; each has shape (halves, units, features)."""
 
-_BLOCK: Final = 1 << 17
-"""Elements of a block where one thread works: w_0 and d (1 MiB in float32) stay in its cache."""
+_BLOCK: Final = 3 << 15
+"""Elements of a block where one thread works: w_0 and d (768 KiB in float32) stay in its cache."""
 _SHARED_BLOCK: Final = 1 << 20
 """Where several work. Each of numpy's calls then lasts some 0.2 ms, well above the time in which a
 thread wakes up and has Python's lock again; with shorter ones the threads keep the lock from each
@@ -45,10 +47,20 @@ _COLUMN_UNITS: Final = 512
 """Units of a task there, at least."""
 _COLUMN_TASK: Final = 1 << 18
 """Elements of a task there, about."""
+_UPPER: Final = -1 << 16
+"""The upper half of a 32-bit word."""
+_LINE: Final = 64
+"""Bytes of a line of the cache, where buffers begin: numpy's own may begin within one, and take
+up to twice as long to fill."""
+_SINGLE: Final = np.dtype(np.float32)
+_DOUBLE: Final = np.dtype(np.float64)
 _IN_NUMPY: Final = (torch.float32, torch.float64)
 """What is summed as it is stored."""
 
+_NOTHING: Final = (np.empty(0, np.uint8), np.empty(0))
+
 _local = threading.local()
+"""By name: a buffer, and its beginning as it was last asked for."""
 
 
 def tasks(
@@ -70,6 +82,8 @@ def tasks(
     else:
         work = partial(_sum_rows, block=block_size(shared))
         step = max(1, _SHARED_BLOCK // features) if shared else units
+    if step >= units:
+        return [partial(work, before, after, out)]
     return [
         partial(
             work,
@@ -88,48 +102,89 @@ def block_size(shared: bool) -> int:
 
 def _sum_rows(before: Tensor, after: Tensor, out: NDArray[np.float64], block: int) -> None:
     units, features = before.shape
-    read: Callable[[Any, str], Rows] = _converted
-    sources: tuple[Any, Any] = (before, after)
-    width, length = features, min(features, block)
+    double = before.dtype == torch.float64
+    step = -(-units // -(-units * features // block))
+    reader: Callable[[Tensor, Tensor, Rows], _Read] = _converted
+    width, length, halves = features, block, 1
     if _in_words(before) and _in_words(after):
-        read, sources = _halves, (_words(before), _words(after))
-        width, length = width // 2, -(-length // 2)
+        reader, width, length, halves = _halves, features // 2, block // 2, 2
     elif before.dtype in _IN_NUMPY and _has_rows(before) and _has_rows(after):
-        read, sources = _as_it_is, (before.numpy(), after.numpy())
-    step = -(-units // max(1, round(units * features / block)))
-    out[:3] = 0.0
+        reader = _as_it_is
+    room = _scratch("d", (halves, step, min(width, length)), _DOUBLE if double else _SINGLE)
+    read = reader(before, after, room)
+    sums = np.empty((3, -(-width // _FEATURES), halves, units), room.dtype)
     with np.errstate(all="ignore"):
         for start in range(0, units, step):
             rows = slice(start, start + step)
             for left in range(0, width, length):
-                part = (rows, slice(left, left + length))
-                _add_block(read(sources[0][part], "w"), read(sources[1][part], "v"), out[:, rows])
-    again = fill_tangential(out, single=before.dtype != torch.float64)
+                w, d = read(rows, slice(left, left + length))
+                _sum_block(w, d, sums[:, left // _FEATURES :, :, rows])
+        np.add.reduce(sums.reshape(3, -1, units), axis=1, dtype=np.float64, out=out[:3])
+        again = fill_tangential(out, single=not double)
     if len(again):
         sum_exactly(before, after, again, out)
 
 
-def _add_block(w: Rows, v: Rows, out: NDArray[np.float64]) -> None:
-    """Add a, e and c of a block, shape (parts, units, features), to `out`; v's buffer takes d."""
-    d = np.subtract(v, w, out=_scratch("v", w.shape, w.dtype))
-    for low in range(0, w.shape[2], _FEATURES):
-        w_part, d_part = w[:, :, low : low + _FEATURES], d[:, :, low : low + _FEATURES]
-        for part in np.vecdot(w_part, w_part):
-            out[0] += part
-        for part in np.vecdot(d_part, w_part):
-            out[1] += part
-        for part in np.vecdot(d_part, d_part):
-            out[2] += part
+def _sum_block(w: Rows, d: Rows, sums: Rows) -> None:
+    """The sums a, e and c of a block of shape (halves, units, features).
+
+    `sums` has shape (3, parts of at most `_FEATURES` features, halves, units), or more parts.
+    """
+    x, y = w, d
+    for part, low in enumerate(range(0, w.shape[2], _FEATURES)):
+        a, e, c = sums[:, part]
+        if w.shape[2] > _FEATURES:
+            x, y = w[:, :, low : low + _FEATURES], d[:, :, low : low + _FEATURES]
+        np.vecdot(x, x, a)
+        np.vecdot(y, x, e)
+        np.vecdot(y, y, c)
 
 
-def _as_it_is(weight: Rows, _buffer: str) -> Rows:
-    """A block that numpy reads where it lies, as one part."""
-    return weight[np.newaxis]
+def _as_it_is(before: Tensor, after: Tensor, room: Rows) -> _Read:
+    """Blocks that numpy reads where they lie."""
+    w_0, w_1 = before.numpy()[np.newaxis], after.numpy()[np.newaxis]
+
+    def read(rows: slice, columns: slice) -> tuple[Rows, Rows]:
+        w = w_0[:, rows, columns]
+        return w, np.subtract(w_1[:, rows, columns], w, room[:, : w.shape[1], : w.shape[2]])
+
+    return read
 
 
-def _converted(weight: Tensor, buffer: str) -> Rows:
-    """A block as one part."""
-    return as_rows(weight, buffer)[np.newaxis]
+def _converted(before: Tensor, after: Tensor, _room: Rows) -> _Read:
+    """Blocks that are converted one by one."""
+
+    def read(rows: slice, columns: slice) -> tuple[Rows, Rows]:
+        w, v = as_rows(before[rows, columns], "w"), as_rows(after[rows, columns], "v")
+        return w[np.newaxis], np.subtract(v, w, _scratch("v", v.shape, v.dtype))[np.newaxis]
+
+    return read
+
+
+def _halves(before: Tensor, after: Tensor, room: Rows) -> _Read:
+    """Blocks of bfloat16: even and odd features become the halves.
+
+    bfloat16 is the upper half of float32: a shift widens the lower of the two values in a word
+    and a mask the upper. A sum does not mind the order, and this takes half as many passes.
+    """
+    words = [weight.view(torch.int32).numpy() for weight in (before, after)]
+    whole = [_scratch("w", room.shape, _SINGLE), room]
+    bits = [tuple(values.view(np.int32)) for values in whole]
+
+    def read(rows: slice, columns: slice) -> tuple[Rows, Rows]:
+        found = []
+        for source, values, (lower, upper) in zip(words, whole, bits, strict=True):
+            block = source[rows, columns]
+            if block.shape != lower.shape:  # the last of its row or column
+                part = (slice(block.shape[0]), slice(block.shape[1]))
+                values, lower, upper = values[:, *part], lower[part], upper[part]
+            np.left_shift(block, 16, lower)
+            np.bitwise_and(block, _UPPER, upper)
+            found.append(values)
+        w, v = found
+        return w, np.subtract(v, w, v)
+
+    return read
 
 
 def _in_words(weight: Tensor) -> bool:
@@ -140,22 +195,6 @@ def _in_words(weight: Tensor) -> bool:
         and weight.shape[1] % 2 == 0
         and weight.data_ptr() % 4 == 0
     )
-
-
-def _words(weight: Tensor) -> NDArray[np.uint32]:
-    return weight.view(torch.uint16).numpy().view(np.uint32)
-
-
-def _halves(words: NDArray[np.uint32], buffer: str) -> Rows:
-    """A block's even and odd features in float32 as two parts, shape (2, units, features / 2).
-
-    bfloat16 is the upper half of float32: a shift widens the lower of the two values in a word
-    and a mask the upper. A sum does not mind the order, and this takes half as many passes.
-    """
-    halves: NDArray[np.uint32] = _scratch(buffer, (2, *words.shape), np.dtype(np.uint32))
-    np.left_shift(words, 16, out=halves[0])
-    np.bitwise_and(words, 0xFFFF0000, out=halves[1])
-    return halves.view(np.float32)
 
 
 def _sum_columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
@@ -172,7 +211,7 @@ def _sum_columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> Non
             out[0] += np.add.reduce(product, axis=0)
             out[1] += np.add.reduce(np.multiply(d, w, out=product), axis=0)
             out[2] += np.add.reduce(np.multiply(d, d, out=product), axis=0)
-    again = fill_tangential(out, single=before.dtype != torch.float64)
+        again = fill_tangential(out, single=before.dtype != torch.float64)
     if len(again):
         sum_exactly(before, after, again, out)
 
@@ -247,8 +286,15 @@ def is_aligned(weight: Tensor) -> bool:
 
 def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     """This thread's buffer of that name: fresh memory would cost a page fault per page."""
-    size = math.prod(shape) * dtype.itemsize
     buffers = _local.__dict__
-    if name not in buffers or buffers[name].nbytes < size:
-        buffers[name] = np.empty(size, np.uint8)
-    return buffers[name][:size].view(dtype).reshape(shape)
+    room, shaped = buffers.get(name, _NOTHING)
+    if shaped.shape == shape and shaped.dtype == dtype:
+        return shaped
+    size = math.prod(shape) * dtype.itemsize
+    if room.nbytes < size:
+        room = np.empty(size + _LINE, np.uint8)
+        first = -room.ctypes.data % _LINE
+        room = room[first : first + size]
+    shaped = room[:size].view(dtype).reshape(shape)
+    buffers[name] = room, shaped
+    return shaped

@@ -106,7 +106,7 @@ def cpu_sums(update: LowRankUpdate) -> UnitSums:
         del w  # so that two blocks are never held at once
     e *= update.scaling
     a, c = torch.from_numpy(squares), _update_squares(update)
-    sums = UnitSums(a, e, c, (c - ratio(e, a) * e).clamp_min(0.0))
+    sums = UnitSums(torch.stack([a, e, c, (c - ratio(e, a) * e).clamp_min(0.0)]))
     return sums if is_believable(sums) else plain_sums(update)
 
 
@@ -131,7 +131,7 @@ def plain_sums(update: LowRankUpdate) -> UnitSums:
         a[block] = torch.einsum("nk,nk->n", w, w)
         e[block] = scaling * torch.einsum("nr,nr->n", w @ A.T, B[block])
     c = _update_squares(update)
-    return UnitSums(a, e, c, (c - ratio(e, a) * e).clamp_min(0.0))
+    return UnitSums(torch.stack([a, e, c, (c - ratio(e, a) * e).clamp_min(0.0)]))
 
 
 def _update_squares(update: LowRankUpdate) -> Tensor:

@@ -233,7 +233,8 @@ def _columns(before: Tensor, after: Tensor, out: NDArray[np.float64]) -> None:
         part = out[:, units]
         panel = np.empty((3, part.shape[1]), np.float32 if single else np.float64)
         sum_columns(w[:, units], v[:, units], panel, part)
-    again = fill_tangential(out, single)
+    with np.errstate(all="ignore"):
+        again = fill_tangential(out, single)
     if len(again):
         blocks.sum_exactly(before, after, again, out)
 

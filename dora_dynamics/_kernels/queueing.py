@@ -128,8 +128,4 @@ def _on_host(every: Sequence[UnitSums]) -> NDArray[np.float64]:
 
 
 def _joined(every: Sequence[UnitSums]) -> Tensor:
-    return torch.cat([torch.stack(_fields(sums)) for sums in every], dim=1)
-
-
-def _fields(sums: UnitSums) -> tuple[Tensor, ...]:
-    return (sums.before_square, sums.dot, sums.update_square, sums.tangential_square)
+    return torch.cat([sums.table for sums in every], dim=1)

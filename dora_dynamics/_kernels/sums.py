@@ -21,30 +21,45 @@ LARGEST: Final = 1e30
 TANGENTIAL_SHARE: Final = 0.5
 """Where P/c is at least this, c − e²/a loses at most one bit; below it P comes from d itself."""
 
+_NONE: Final = np.empty(0, np.intp)
 _DEVICE_BLOCK: Final = 1 << 24
 """Elements an accelerator without a kernel of its own converts to float64 at a time."""
 
 
 @dataclass(frozen=True)
 class UnitSums:
-    """Per-unit sums of a change d = w' − w_0; each a float64 tensor of shape (units,).
+    """Per-unit sums of a change d = w' − w_0.
 
     Attributes:
-        before_square: a = Σ w_0².
-        dot: e = Σ d·w_0.
-        update_square: c = Σ d².
-        tangential_square: P = Σ (d − (e/a) w_0)², the part of c that turns the unit.
+        table: float64, shape (4, units): a, e, c and P.
     """
 
-    before_square: Tensor
-    dot: Tensor
-    update_square: Tensor
-    tangential_square: Tensor
+    table: Tensor
+
+    @property
+    def before_square(self) -> Tensor:
+        """Σ w_0², a in the table."""
+        return self.table[0]
+
+    @property
+    def dot(self) -> Tensor:
+        """Σ d·w_0, e in the table."""
+        return self.table[1]
+
+    @property
+    def update_square(self) -> Tensor:
+        """Σ d², c in the table."""
+        return self.table[2]
+
+    @property
+    def tangential_square(self) -> Tensor:
+        """Σ (d − (e/a) w_0)², P in the table: the part of c that turns the unit."""
+        return self.table[3]
 
 
 def from_array(sums: NDArray[np.float64]) -> UnitSums:
     """UnitSums over an array of shape (4, units), in the order a, e, c, P; nothing is copied."""
-    return UnitSums(*torch.from_numpy(sums).unbind())
+    return UnitSums(torch.from_numpy(sums))
 
 
 def to_host(sums: Tensor) -> Callable[[], NDArray[np.float64]]:
@@ -76,30 +91,32 @@ def on_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
 def fill_tangential(sums: NDArray[np.float64], single: bool) -> NDArray[np.intp]:
     """Set P = c − e²/a from a, e and c, and tell the units where that cannot be believed.
 
+    To be called where numpy does not warn of NaN: a unit of zeros has it as P, and is told.
+
     Args:
         sums: shape (4, units): a, e, c and room for P.
         single: whether terms were float32, which underflow and overflow early.
 
     Returns:
         Indices of units to be summed again in float64: almost radial changes, where c − e²/a
-        cancels; sums out of float32's range; NaN and Inf.
+        cancels; sums out of float32's range; zeros, NaN and Inf.
     """
     a, e, c, P = sums
-    with np.errstate(all="ignore"):
-        np.multiply(e, e, out=P)
-        np.divide(P, a, out=P, where=a != 0)
-        np.subtract(c, P, out=P)
-        trusted = TANGENTIAL_SHARE * c <= P
-        if single and not (_in_range(a) and _in_range(c)):
-            unchanged = (c == 0) & (e == 0)
-            trusted &= (a >= SMALLEST) & (a <= LARGEST)
-            trusted &= ((c >= SMALLEST) & (c <= LARGEST)) | unchanged
+    np.multiply(e, e, out=P)
+    np.divide(P, a, out=P)
+    np.subtract(c, P, out=P)
+    squares = sums[0:3:2]
+    within = not single or bool(  # NaN is not
+        np.minimum.reduce(squares, None) >= SMALLEST and np.maximum.reduce(squares, None) <= LARGEST
+    )
+    if within and np.minimum.reduce(P / c) >= TANGENTIAL_SHARE:
+        return _NONE
+    trusted = TANGENTIAL_SHARE * c <= P
+    if not within:
+        unchanged = (c == 0) & (e == 0)
+        trusted &= (a >= SMALLEST) & (a <= LARGEST)
+        trusted &= ((c >= SMALLEST) & (c <= LARGEST)) | unchanged
     return np.flatnonzero(~trusted)
-
-
-def _in_range(sums: NDArray[np.float64]) -> bool:
-    """Whether float32 neither lost nor exceeded any; NaN is in no range."""
-    return bool(sums.min() >= SMALLEST and sums.max() <= LARGEST)
 
 
 def exact_rows(
@@ -127,7 +144,7 @@ def exact_tensors(before: Tensor, after: Tensor) -> UnitSums:
         sums[2, block] = torch.einsum("nk,nk->n", d, d)
         d.addcmul_(w, ratio(e, a).unsqueeze(1), value=-1)
         sums[3, block] = torch.einsum("nk,nk->n", d, d)
-    return UnitSums(*sums)
+    return UnitSums(sums)
 
 
 def aligned(weight: Tensor) -> Tensor:

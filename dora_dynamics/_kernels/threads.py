@@ -42,8 +42,8 @@ def run_all(tasks: Sequence[Callable[[], None]], worth_threads: bool) -> None:
 
     As many threads take part as torch is set to use, or as `at_most` says.
     """
-    count = min(workers(), len(tasks))
-    if count < 2 or not worth_threads:
+    count = min(workers(), len(tasks)) if worth_threads else 1
+    if count < 2:
         for task in tasks:
             task()
         return

@@ -8,6 +8,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,7 +169,7 @@ def test_memory_is_a_block_and_not_a_copy(shared: bool) -> None:
     def work() -> None:
         for task in tasks:
             task()
-        held.extend(buffer.nbytes for buffer in blocks._local.__dict__.values())
+        held.extend(room.nbytes for room, _ in blocks._local.__dict__.values())
 
     worker = threading.Thread(target=work)
     worker.start()
@@ -182,23 +183,63 @@ def test_numpy_sees_large_blocks_where_threads_share_python(
 ) -> None:
     """Counts, not seconds: one or two threads take blocks of the cache, more take large ones."""
     sizes: list[int] = []
-    original = blocks._add_block
+    original = blocks._sum_block
 
-    def counted(w: Any, v: Any, out: Any) -> None:
+    def counted(w: Any, d: Any, out: Any) -> None:
         sizes.append(w.size)
-        original(w, v, out)
+        original(w, d, out)
 
-    monkeypatch.setattr(blocks, "_add_block", counted)
+    monkeypatch.setattr(blocks, "_sum_block", counted)
     before, after = changed((4096, 1024), torch.float32)
-    for workers, expected in ((1, 1 << 17), (2, 1 << 17), (3, 1 << 20)):
+    for workers, largest in ((1, 3 << 15), (2, 3 << 15), (3, 1 << 20)):
         sizes.clear()
         with threads.at_most(workers):
             sums(blocks, before, after)
-        assert sizes == [expected] * (before.numel() // expected)
+        assert max(sizes) <= largest
+        assert sum(sizes) == before.numel()
+        assert len(sizes) == -(-before.numel() // largest)
     sizes.clear()
     with threads.at_most(3):
         sums(blocks, before[:384, :384], after[:384, :384])
-    assert sizes == [384 * 384]
+    assert sizes == [192 * 384] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [384, 768])
+def test_passes_over_a_small_matrix(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int
+) -> None:
+    """Counts, not seconds: what numpy is called for, on how many elements, into what memory."""
+    before, after = changed((width, width), dtype)
+    passes: dict[str, int] = {}
+    calls: list[str] = []
+
+    class Counting:
+        add = np.add  # of sums alone
+
+        def __getattr__(self, name: str) -> Any:
+            found = getattr(np, name)
+            if not isinstance(found, np.ufunc):
+                return found
+
+            def counted(*arguments: Any) -> Any:
+                calls.append(name)
+                passes[name] = passes.get(name, 0) + max(np.size(one) for one in arguments[:2])
+                if name != "vecdot":  # a buffer begins where a line of the cache does
+                    assert arguments[-1].ctypes.data % 64 == 0
+                return found(*arguments)
+
+            return counted
+
+    monkeypatch.setattr(blocks, "np", Counting())
+    assert_sums(sums(blocks, before, after), before, after)
+    elements = before.numel()
+    expected = {"subtract": elements, "vecdot": 3 * elements}
+    if dtype == torch.bfloat16:  # two values in a word
+        expected |= {"left_shift": elements, "bitwise_and": elements}
+    assert passes == expected
+    number = -(-elements // (3 << 15))
+    assert len(calls) == number * (8 if dtype == torch.bfloat16 else 4)
 
 
 def test_core_works_without_extras() -> None:
