@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from analyses import _findings as findings
+from analyses import _recipes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -194,7 +195,7 @@ hold the truth), `diagnosis_simulation` (error rates of `dd.diagnose`), `perform
 
 
 def gallery(text: str) -> str:
-    """figures/README.md with the section of the study written anew."""
+    """figures/README.md with the study, and the recipes without a picture, written anew."""
     lines = ["| picture | what it shows | command |", "|---|---|---|"]
     for entry in ENTRIES:
         figure = f"{entry.figure or entry.name}.png"
@@ -203,9 +204,15 @@ def gallery(text: str) -> str:
             f"| `{entry.command}` |"
         )
     body = "\n".join([BEGIN, "", "## The study", "", *lines, "", END])
-    if BEGIN not in text:
-        raise ValueError(f"figures/README.md lacks the lines {BEGIN} and {END}.")
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    text = _with_section(text, BEGIN, END, body)
+    rest = _with_section(text, _recipes.BEGIN, _recipes.END, "")
+    return _with_section(text, _recipes.BEGIN, _recipes.END, _recipes.section(rest))
+
+
+def _with_section(text: str, begin: str, end: str, body: str) -> str:
+    if begin not in text:
+        raise ValueError(f"figures/README.md lacks the lines {begin} and {end}.")
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     return pattern.sub(lambda _: body, text)
 
 

@@ -1,7 +1,7 @@
 """Run: `python -m analyses.architecture_table` (seconds; needs transformers).
 
-Builds every architecture that tests/sites tests, asks what of it would be followed and as what,
-and writes architectures.csv; `table()` is the same in Markdown, for README.md.
+What of every architecture that tests/sites builds would be followed, and as what. Writes
+architectures.csv; `table()` is the same in Markdown, for README.md.
 """
 
 from __future__ import annotations

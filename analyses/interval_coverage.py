@@ -1,11 +1,11 @@
-"""How often the intervals of `coupling` hold the true value: a simulation.
+"""Run: `python -m analyses.interval_coverage --draws 200` (ten minutes).
 
-    python -m analyses.interval_coverage --draws 200
+How often the intervals of `coupling` hold the true value, in a simulation.
 
 Layers, layers within runs, and rows within these carry normal random effects (standard deviations
 1, 0.5 and 0.3) on ΔD and ΔM that correlate by `rho`; both measures also grow over four steps. The
 truth is the estimate from 20,000 layers. Writes `interval_coverage.csv`: the share of draws in
-which each interval held it, for 6 and 12 layers and 1, 3 and 5 runs. 200 draws take ten minutes.
+which each interval held it, for 6 and 12 layers and 1, 3 and 5 runs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Run: `python -m analyses.pretrain --shape bart` (about 4 minutes on one H100).
 
-Pre-trains a small model from random weights on the source text of the installed Python packages:
-an encoder–decoder in BART's shape (6 + 6 layers, as the paper's model) that restores masked spans,
-or a decoder in LLaMA's shape (12 layers) that tells the next token. It is a second starting point
-for the study, which nobody has fine-tuned before:
+A second starting point for the study, which nobody has fine-tuned before: how well a small model
+learns the source text of the installed Python packages from random weights. It is an
+encoder–decoder in BART's shape (6 + 6 layers, as the paper's model) that restores masked spans, or
+a decoder in LLaMA's shape (12 layers) that tells the next token. The study takes it by
 
     python -m analyses.reproduce --model models/bart --data pairs.jsonl
 

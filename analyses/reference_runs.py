@@ -3,7 +3,7 @@
 Packages runs of FT, LoRA and DoRA as the reference that `dd.diagnose` compares with for a first
 look. Four late checkpoints of each run go into `dora_dynamics/data/reference_runs.csv`; what was
 run, by what, goes into `reference_runs.json` beside it. Runs with weight decay are those of a
-recipe with any (`total_decay` above 0 in run.json), whatever Λ their followed weights see.
+recipe with any (`total_decay` above 0), whatever Λ their followed weights see.
 
     python -m analyses.reproduce --seeds 5 --name decay
     python -m analyses.reproduce --seeds 5 --weight-decay 0 --name no_decay

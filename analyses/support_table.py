@@ -1,7 +1,7 @@
 """Run: `python -m analyses.support_table` (half a minute; needs peft).
 
-Builds every PEFT method in the variants that tests/effective tests, asks how its effective weight
-is read, and writes peft_support.csv; `table()` is the same in Markdown, for README.md.
+How the effective weight of every PEFT method is read, in the variants that tests/effective builds.
+Writes peft_support.csv; `table()` is the same in Markdown, for README.md.
 """
 
 from __future__ import annotations

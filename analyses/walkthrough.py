@@ -1,7 +1,7 @@
 """Run: `python -m analyses.walkthrough` (half a minute), then `python -m analyses.readme_tables`.
 
-Runs the README's walk-through, a new adapter trained and diagnosed, as it stands there, and writes
-what it prints to analyses/results/walkthrough.txt, from where the README shows it.
+What the README's walk-through prints, in which a new adapter is trained and diagnosed. Runs it as
+it stands there and writes analyses/results/walkthrough.txt, from where the README shows it.
 """
 
 from __future__ import annotations

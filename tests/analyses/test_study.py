@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -198,6 +199,17 @@ def test_the_full_setting_is_made_of_commands_that_exist(
     lines = capsys.readouterr().out.splitlines()
     recipes = {line.split()[2].removeprefix("analyses.") for line in lines}
     assert recipes == {entry.name for entry in answers.ENTRIES} | {"pretrain"}
+
+
+def test_the_gallery_names_every_recipe_that_writes_results() -> None:
+    gallery = (answers.ROOT / "figures/README.md").read_text(encoding="utf-8")
+    writing = {
+        path.stem
+        for path in (answers.ROOT / "analyses").glob("[!_]*.py")
+        if re.search(r"to_csv\(|tables\.write\(|write_text\(json", path.read_text(encoding="utf-8"))
+    }
+    assert len(writing) > 20
+    assert not {name for name in writing if f"analyses.{name}" not in gallery}
 
 
 def test_the_answers_are_those_of_the_results() -> None:
