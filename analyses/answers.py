@@ -76,6 +76,16 @@ ENTRIES: Final = (
         ("weight_decay",),
     ),
     Entry(
+        "decay_placement", "Which parameter has to decay",
+        "DoRA again, with the decay on all of m, A and B, on m alone, or on A and B alone: which of "
+        "them makes the sign?",
+        findings.placement,
+        "r against total decay for query and value, and the mean change of magnitude: the lines of "
+        "decay on all and on m alone lie on each other; decay on A and B alone changes nothing.",
+        "python -m analyses.decay_placement --workers 2",
+        ("decay_placement",),
+    ),
+    Entry(
         "update_geometry", "LoRA's line is geometry",
         "Is LoRA's line what any update orthogonal to the weights gives?",
         findings.geometry,
@@ -156,10 +166,16 @@ def cost(entry: Entry) -> str:
     minutes = np.nansum([job.get("seconds") or np.nan for job in jobs]) / 60
     timed = sum(1 for job in jobs if job.get("seconds"))
     made = findings.about(entry.files[0])
+    where = f"{made['machine']}, torch {made['versions']['torch']}"
+    if "runs_by_machine" in made:
+        where = "; ".join(
+            f"{place['runs']} on {place['machine']}, torch {place['torch']}"
+            for place in made["runs_by_machine"]
+        )
     took = (
         f", {timed} of them timed: {minutes:.0f} minutes of work, many at a time" if timed else ""
     )
-    return f"{len(jobs)} runs{took}; {made['machine']}, torch {made['versions']['torch']}"
+    return f"{len(jobs)} runs{took}; {where}"
 
 
 def paragraph(entry: Entry) -> str:

@@ -1,6 +1,8 @@
 r"""Run: `python -m analyses.full_study --data pairs.jsonl` (about 20 minutes on two H100s).
 
-The study at full strength: every command with which the results in analyses/results/ were made.
+The study at full strength: the commands with which the results in analyses/results/ were made, and
+two that wait for a GPU (`decay_placement`, whose committed results are of its small setting on two
+cores, and `reproduction_bart_no_decay`).
 `--list` prints them. The commands of a queue run one after the other, the queues side by side, in
 turn on the GPUs that there are. `--parts` runs some of the parts only.
 
@@ -39,9 +41,13 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         (
             "pretrain --shape bart --steps 4000 --out {out}",
             f"reproduce {LONG} {BART} --name reproduction_bart {{common}}",
+            f"reproduce {LONG} {BART} --weight-decay 0 --name reproduction_bart_no_decay {{common}}",
         ),
         (f"reproduce {LONG} {{minilm}} --name reproduction_minilm {{common}}",),
-        (f"weight_decay {DECAY} {{minilm}} {{common}}",),
+        (
+            f"weight_decay {DECAY} {{minilm}} {{common}}",
+            f"decay_placement {DECAY} {{minilm}} {{common}}",
+        ),
     ),
     "2": (
         (

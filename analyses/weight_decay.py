@@ -1,8 +1,8 @@
 """Run: `python -m analyses.weight_decay` (full setting: `--seeds 5 --steps 500 --batch-size 128`).
 
 An intervention on what sets the sign of the coupling: fine-tune with every total weight decay
-Λ = Σ lr·weight_decay from none to 10%, everything else fixed; decay on all that the paper's code
-decays, on DoRA's magnitude alone, on the factors A and B alone. Holds the signed change of
+Λ = Σ lr·weight_decay from none to 10% on all that the paper's code decays, everything else fixed
+(`analyses.decay_placement` tells which part of DoRA it has to act on). Holds the signed change of
 magnitude against what decay and turning alone would give, m' = m·exp(−Λ)/(1 − ΔD).
 
 Writes figures/weight_decay.{png,svg}, and analyses/results/weight_decay.csv (the coupling of each
@@ -32,42 +32,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from analyses.finetuning.recipe import DecayOn
     from dora_dynamics.statistics import Level
 
 TOTALS: Final = (0.0, 0.003, 0.01, 0.03, 0.1)
-PARTS: Final[tuple[DecayOn, ...]] = ("magnitude", "factors")
 ROLES: Final = ("query", "value")
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
-    """Every method with every Λ on everything; DoRA also with Λ on a part, which none is of."""
-    conditions: list[tuple[str, DecayOn, float]] = [
-        (method, "all", total) for method in METHODS for total in options.totals
-    ]
-    conditions += [("DoRA", part, total) for part in PARTS for total in options.totals if total]
+    """Every method with every Λ."""
     return [
         Job(
-            f"{method}-{decay_on}-{total:g}-seed{seed}",
+            f"{method}-all-{total:g}-seed{seed}",
             Recipe(
                 method,
                 steps=options.steps,
                 batch_size=options.batch_size,
                 learning_rate=LEARNING_RATES[method],
                 total_decay=total,
-                decay_on=decay_on,
             ),
             seed,
-            {"decay_on": decay_on, "total": total},
+            {"total": total},
         )
-        for method, decay_on, total in conditions
+        for method in METHODS
+        for total in options.totals
         for seed in range(options.seeds)
     ]
 
 
 def couplings(late: pd.DataFrame) -> pd.DataFrame:
     """Coupling across layers and across units in every condition, of absolute and signed ΔM."""
-    by = ["role", "method", "decay_on", "total"]
+    by = ["role", "method", "total"]
     levels: tuple[Level, ...] = ("within_step", "units")
     return pd.concat(
         [
@@ -82,7 +76,7 @@ def couplings(late: pd.DataFrame) -> pd.DataFrame:
 def prediction(late: pd.DataFrame) -> pd.DataFrame:
     """The last checkpoint's relative signed ΔM, measured, and from Λ and ΔD alone."""
     last = late[late["step"] == late.groupby("run")["step"].transform("max")]
-    found = last[["method", "decay_on", "total", "seed", "role", "site", "layer"]].copy()
+    found = last[["method", "total", "seed", "role", "site", "layer"]].copy()
     found["measured"] = last["signed_delta_magnitude"] / last["magnitude_before"]
     shrunk = np.exp(-last["total_decay"].to_numpy(float))
     found["predicted"] = shrunk / (1 - last["delta_direction"].to_numpy(float)) - 1
@@ -95,9 +89,8 @@ def contrast(late: pd.DataFrame) -> pd.DataFrame:
 
     The intervals are Student's t over seeds, so that they speak of these layers and of other runs.
     """
-    everything = late[late["decay_on"] == "all"]
     by = ["role", "total", "seed", "method"]
-    each = dd.coupling(everything, by=by, level="within_step", permutations=0, resamples=1)
+    each = dd.coupling(late, by=by, level="within_step", permutations=0, resamples=1)
     wide = each.pivot(index=by[:-1], columns="method", values="pearson")
     rows = []
     for (role, total), group in wide.groupby(level=["role", "total"]):
@@ -114,7 +107,7 @@ def contrast(late: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
     """R across layers and across units against Λ; signed ΔM against what decay and turning give."""
-    absolute = table[~table["signed"] & (table["decay_on"] == "all")]
+    absolute = table[~table["signed"]]
     totals = sorted(absolute["total"].unique())
     at = {total: float(place) for place, total in enumerate(totals)}
     levels = {"within_step": "across layers", "units": "across a matrix's units"}
@@ -142,14 +135,13 @@ def draw(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
 
 
 def _against_prediction(panel: Axes, points: pd.DataFrame) -> None:
-    here = points[points["decay_on"] == "all"]
     for method in METHODS:
-        chosen = here[here["method"] == method]
+        chosen = points[points["method"] == method]
         panel.plot(
             100 * chosen["predicted"], 100 * chosen["measured"], drawing.METHOD_MARKERS[method],
             color=drawing.METHOD_COLOURS[method], markersize=3, alpha=0.5, markeredgewidth=0,
         )  # fmt: skip
-    ends = 100 * np.array([here["predicted"].min(), here["predicted"].max()])
+    ends = 100 * np.array([points["predicted"].min(), points["predicted"].max()])
     panel.plot(ends, ends, color="#333333", linewidth=0.8)
 
 

@@ -156,15 +156,13 @@ def _interrupted(options: argparse.Namespace, jobs: Sequence[Job], folder: Path)
     if not done:
         raise SystemExit(f"{folder} holds no finished run to draw: run without --redraw.")
     names = {outcome["job"] for outcome in done}
-    made = json.loads((folder / done[0]["job"] / RUN_FILE).read_text(encoding="utf-8"))
     about = {
         "model": Path(options.model).name if options.model else models.MINILM,
         "data": options.data and Path(options.data).name,
         "jobs": done,
         "unfinished": [job.name for job in jobs if job.name not in names],
         "recipes": _recipes([job for job in jobs if job.name in names]),
-        "versions": made["versions"],
-        "machine": made["machine"],
+        **_made_on(done, folder),
     }
     file = results(options)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -216,10 +214,30 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
         "before": asdict(before),
         "jobs": sorted(done, key=lambda outcome: order[outcome["job"]]),
         "recipes": _recipes(jobs),
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
+        **_made_on(done, folder),
     }
     return Sweep(about, folder)
+
+
+def _made_on(done: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Versions and machine of most runs; where some ran elsewhere, how many ran where."""
+    places: dict[tuple[str, str], int] = {}
+    for outcome in done:
+        file = folder / outcome["job"] / RUN_FILE
+        if file.exists():
+            made = json.loads(file.read_text(encoding="utf-8"))
+            place = (json.dumps(made["versions"]), made["machine"])
+            places[place] = places.get(place, 0) + 1
+    if not places:
+        return {"versions": provenance.versions(), "machine": provenance.machine()}
+    versions, machine = max(places, key=places.__getitem__)
+    found = {"versions": json.loads(versions), "machine": machine}
+    if len(places) > 1:
+        found["runs_by_machine"] = [
+            {"runs": count, "machine": machine, "torch": json.loads(versions)["torch"]}
+            for (versions, machine), count in places.items()
+        ]
+    return found
 
 
 def _recipes(jobs: Sequence[Job]) -> list[dict[str, Any]]:

@@ -194,8 +194,14 @@ def test_a_sweep_over_processes_is_a_sweep_in_one(
     drawn = sweep.run_or_read(parser.parse_args([*common, *out, "--redraw"]), jobs)
     assert drawn.about["unfinished"] == ["DoRA-0.1"]
     assert [job["retrieval"] is None for job in drawn.about["jobs"]] == [False, True, False]
+    assert "runs_by_machine" not in drawn.about
+    for name in ("FT-0.0", "FT-0.1", "DoRA-0.0"):
+        file = tmp_path / f"with-1/runs/sweep/{name}/run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": "elsewhere"}))
     resumed = sweep.run_or_read(parser.parse_args([*common, *out, "--resume"]), jobs)
     assert resumed.trajectory(count=None).equals(tables[1])
+    assert resumed.about["machine"] == "elsewhere"
+    assert [place["runs"] for place in resumed.about["runs_by_machine"]] == [3, 1]
 
     measures = ["method", "total", "seed", "step", "site"]
     assert tables[1][measures].equals(tables[2][measures])

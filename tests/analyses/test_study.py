@@ -14,6 +14,7 @@ import torch
 from analyses import (
     adapter_zoo,
     answers,
+    decay_placement,
     full_study,
     gradient_geometry,
     heads_and_norms,
@@ -41,18 +42,26 @@ def test_weight_decay(small: list[str], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)]
     weight_decay.main([*small, *HELD_OUT, *out, "--seeds", "2", "--totals", "0", "0.1"])
     table = pd.read_csv(tmp_path / "analyses/results/weight_decay.csv")
-    assert len(table) == 2 * 2 * 2 * (3 * 2 + 2)
+    assert len(table) == 2 * 2 * 2 * 3 * 2
     points = pd.read_csv(tmp_path / "analyses/results/weight_decay_prediction.csv")
     full = points[(points["method"] == "FT") & (points["total"] == 0.1)]
     np.testing.assert_allclose(full["predicted"], np.exp(-0.1) - 1, atol=2e-3)
     np.testing.assert_allclose(full["measured"], full["predicted"], atol=2e-3)
-    parts = points[(points["method"] == "DoRA") & (points["total"] == 0.1)].groupby("decay_on")
-    shrunk = parts["measured"].mean()
-    assert shrunk["magnitude"] < -0.08
-    assert abs(shrunk["factors"]) < 0.02
     contrast = pd.read_csv(tmp_path / "analyses/results/weight_decay_contrast.csv")
     assert len(contrast) == 2 * 2 * 2
     assert drawn(tmp_path, "weight_decay")
+
+
+def test_decay_placement(small: list[str], tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path)]
+    decay_placement.main([*small, *HELD_OUT, *out, "--seeds", "1", "--totals", "0", "0.1"])
+    table = pd.read_csv(tmp_path / "analyses/results/decay_placement.csv")
+    assert len(table) == 2 * 2 * (1 + 3)
+    shrunk = table[table["total"] == 0.1].groupby("decay_on")["relative_change"].mean()
+    assert shrunk["all"] < -0.08
+    assert shrunk["magnitude"] < -0.08
+    assert abs(shrunk["factors"]) < 0.02
+    assert drawn(tmp_path, "decay_placement")
 
 
 def test_sign_map(small: list[str], tmp_path: Path) -> None:
