@@ -41,7 +41,8 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         (
             "pretrain --shape bart --steps 4000 --out {out}",
             f"reproduce {LONG} {BART} --name reproduction_bart {{common}}",
-            f"reproduce {LONG} {BART} --weight-decay 0 --name reproduction_bart_no_decay {{common}}",
+            f"reproduce {LONG} {BART} --weight-decay 0 "
+            "--name reproduction_bart_no_decay {common}",
         ),
         (f"reproduce {LONG} {{minilm}} --name reproduction_minilm {{common}}",),
         (
