@@ -23,6 +23,7 @@ from matplotlib.colors import Normalize
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._results import write_tables
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import Recipe
 from analyses.finetuning.sweep import Job
@@ -223,8 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = sweep.run_or_read(options, jobs(options))
     table = measures(done.trajectory(), best_rate(pd.DataFrame(done.finished)))
     found = answer(table)
-    table.to_csv(sweep.results(options, ".csv"), index=False, float_format="%.5g")
-    found.to_csv(sweep.results(options, "_answer.csv"), index=False, float_format="%.5g")
+    write_tables(options.out, options.name, {"": table, "_answer": found})
     files = save(draw(table, found), options.out / "figures" / options.name)
     for method, error in {j["method"]: j["error"] for j in done.failed}.items():
         print(f"{method} was not measured: {error}")

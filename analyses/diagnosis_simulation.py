@@ -27,6 +27,7 @@ from scipy import stats
 from tqdm import tqdm
 
 import dora_dynamics as dd
+from analyses._results import write_tables
 from analyses.synthetic_runs import KINDS, Design, Kind, pretrained, study
 from dora_dynamics import provenance
 from dora_dynamics.plotting import save
@@ -177,9 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         numpy=provenance.versions()["numpy"],
         machine=provenance.machine(),
     )
-    results = options.out / "analyses" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    table.to_csv(results / "diagnosis_simulation.csv", index=False, float_format="%.4g")
+    write_tables(options.out, "diagnosis_simulation", {"": table}, digits=4)
     save(figure(table), options.out / "figures" / "diagnosis_simulation", alt=ALT)
     shown = ["mode", "kind", "layers", "runs", "right", "false_statement", "false_difference"]
     print(table[[*shown, "verdicts"]].to_string(index=False, float_format="%.2f"))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -30,11 +29,11 @@ from torch import nn
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._results import write_about, write_tables
 from analyses.finetuning import docstrings, models, pairs
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
 from analyses.finetuning.task import PairModel, make_task
 from analyses.merge import tuned
-from dora_dynamics import provenance
 from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
 from dora_dynamics.plotting import save
 from dora_dynamics.sites import find_sites
@@ -252,17 +251,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]  # fmt: skip
     checks = against_autograd(model, merged, sites, batches[0])
     table = conditioning(model, merged, sites, batches)
-    stem = options.out / "analyses" / "results" / "gradient_geometry"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.5g")
-    checks.to_csv(f"{stem}_checks.csv", index=False, float_format="%.3g")
+    write_tables(options.out, "gradient_geometry", {"": table})
+    write_tables(options.out, "gradient_geometry", {"_checks": checks}, digits=3)
     settings = {name: getattr(options, name) for name in ("steps", "batches", "batch_size")}
-    about = settings | {
-        "seed": 0,
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
-    }
-    stem.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+    write_about(options.out, "gradient_geometry", settings | {"seed": 0})
     files = save(draw(table, checks), options.out / "figures" / "gradient_geometry")
     print(table.round(4).to_string(index=False))
     print(checks.groupby("equations").max(numeric_only=True).to_string())

@@ -19,6 +19,7 @@ import pandas as pd
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._results import write_tables
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, METHODS, PAPER_TOTAL_DECAY, Recipe
 from analyses.finetuning.sweep import Job
@@ -146,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trajectory = with_part(done.trajectory(count=None))
     late = dd.select_checkpoints(trajectory, 4, "late")
     table, along = couplings(late), path(trajectory)
-    for name, content in {"": table, "_path": along}.items():
-        content.to_csv(sweep.results(options, f"{name}.csv"), index=False, float_format="%.5g")
+    write_tables(options.out, options.name, {"": table, "_path": along})
     files = save(draw(late, along), options.out / "figures" / options.name)
     shown = ["method", "part", "scope", "n", "pearson", "pearson_low", "pearson_high"]
     print(table[shown].round(3).to_string(index=False))

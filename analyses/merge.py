@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,11 @@ import torch
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._results import write_about, write_tables
 from analyses.finetuning import docstrings, models, pairs
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
 from analyses.finetuning.task import PairModel, make_task
 from analyses.finetuning.training import adapt, gradients, make_optimizer, order_of
-from dora_dynamics import provenance
 from dora_dynamics.plotting import save
 
 if TYPE_CHECKING:
@@ -189,15 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     base = PairModel(backbone, len(task.labels)).to(device)
     table = measure(base, task.to(device), options)
-    stem = options.out / "analyses" / "results" / "merge"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.4g")
-    about = {
-        "steps": options.steps,
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
-    }
-    stem.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+    write_tables(options.out, "merge", {"": table}, digits=4)
+    write_about(options.out, "merge", {"steps": options.steps})
     files = save(draw(table), options.out / "figures" / "merge")
     print(table.to_string(index=False, float_format="{:.3g}".format))
     print(f"Wrote {', '.join(map(str, files))}")

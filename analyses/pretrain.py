@@ -14,7 +14,6 @@ on text it has not seen, with all settings, to analyses/results/pretrain_SHAPE.j
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import site
 import sysconfig
@@ -27,9 +26,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from analyses._results import write_about
 from analyses.finetuning.recipe import Recipe
 from analyses.finetuning.training import replayed
-from dora_dynamics import provenance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -261,13 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "files": len(texts),
         "tokens": len(tokens),
         "held_out_loss": {"before": round(before, 4), "after": round(after, 4)},
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
     }
-    file = out / "analyses" / "results" / f"pretrain_{settings.shape}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(about, indent=2) + "\n")
-    print(f"Wrote {folder} and {file}")
+    write_about(out, f"pretrain_{settings.shape}", about)
+    print(f"Wrote {folder} and pretrain_{settings.shape}.json")
 
 
 if __name__ == "__main__":

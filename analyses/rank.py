@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._mean_interval import mean_interval
+from analyses._results import write_tables
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, PAPER_TOTAL_DECAY, Recipe
 from analyses.finetuning.sweep import Job
@@ -93,13 +94,10 @@ def halved(scores: pd.DataFrame) -> pd.DataFrame:
         for other in (rank, 2 * rank):
             if ("LoRA", other) not in each.index.droplevel("seed"):
                 continue
-            difference = (each["DoRA", rank] - each["LoRA", other]).to_numpy(float)
-            mean, n = float(difference.mean()), len(difference)
-            half = (
-                float(stats.sem(difference) * stats.t.ppf(0.975, n - 1)) if n > 1 else float("nan")
-            )
-            row = {"dora_rank": rank, "lora_rank": other, "seeds": n, "difference": mean}
-            rows.append(row | {"low": mean - half, "high": mean + half})
+            difference = each["DoRA", rank] - each["LoRA", other]
+            mean, low, high = mean_interval(difference)
+            row = {"dora_rank": rank, "lora_rank": other, "seeds": len(difference)}
+            rows.append(row | {"difference": mean, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -107,10 +105,10 @@ def summary(late: pd.DataFrame, scores: pd.DataFrame, shapes: pd.DataFrame) -> p
     """A row a method, rank and role: coupling across layers, score and effective rank."""
     coupled = dd.coupling(late, by=["method", "rank", "role"], level="within_step", permutations=0)
     by = ["method", "rank"]
-    held = scores.groupby(by)["retrieval"].agg(["mean", "sem", "count"]).reset_index()
-    half = held["sem"] * stats.t.ppf(0.975, held["count"] - 1)
-    held = held.assign(score=held["mean"], score_low=held["mean"] - half)
-    held = held.assign(score_high=held["mean"] + half).drop(columns=["mean", "sem", "count"])
+    held = pd.DataFrame(
+        [(*key, *mean_interval(group.dropna())) for key, group in scores.groupby(by)["retrieval"]],
+        columns=[*by, "score", "score_low", "score_high"],
+    )
     used = shapes.groupby([*by, "role"])[["effective_rank", "entropy", "top_share"]].mean()
     return coupled.merge(held, on=by).merge(used.reset_index(), on=[*by, "role"])
 
@@ -174,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ignore_index=True,
     )
     table, pairs = summary(done.trajectory(), done.scores, shapes), halved(done.scores)
-    for name, content in {"": table, "_spectrum": shapes, "_halved": pairs}.items():
-        content.to_csv(sweep.results(options, f"{name}.csv"), index=False, float_format="%.5g")
+    tables = {"": table, "_spectrum": shapes, "_halved": pairs}
+    write_tables(options.out, options.name, tables)
     files = save(draw(table), options.out / "figures" / options.name)
     print(pairs.round(3).to_string(index=False))
     print(f"Wrote {', '.join(map(str, files))}")

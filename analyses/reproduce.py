@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 import dora_dynamics as dd
+from analyses._results import write_tables
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, METHODS, PAPER_TOTAL_DECAY, Recipe
 from analyses.finetuning.sweep import Job
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = sweep.run_or_read(options, jobs)
     late = done.trajectory(count=4)
     table = coupling_table(late)
-    table.to_csv(sweep.results(options, ".csv"), index=False, float_format="%.6g")
+    write_tables(options.out, options.name, {"": table}, digits=6)
     files = save(magnitude_direction(late), options.out / "figures" / options.name)
 
     means = done.scores.groupby("method", sort=False)[["retrieval", "label", "loss"]].mean()

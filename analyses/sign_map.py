@@ -18,6 +18,7 @@ import pandas as pd
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._results import write_tables
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, METHODS, PAPER_TOTAL_DECAY, Recipe
 from analyses.finetuning.sweep import Job
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = couplings(done.trajectory(count=None))
     scores = done.scores.groupby(["setting", "decay", "method"])["retrieval"].mean().reset_index()
     table = table.merge(scores, how="left", on=["setting", "decay", "method"])
-    table.to_csv(sweep.results(options, ".csv"), index=False, float_format="%.5g")
+    write_tables(options.out, options.name, {"": table})
     files = save(draw(table), options.out / "figures" / options.name)
     print(f"Wrote {', '.join(map(str, files))}")
 

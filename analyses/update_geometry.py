@@ -13,7 +13,6 @@ figures/update_geometry.{png,svg} and analyses/results/update_geometry.csv, _sha
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,8 +21,8 @@ import pandas as pd
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._results import write_about, write_tables
 from analyses.finetuning.recipe import METHODS
-from dora_dynamics import provenance
 from dora_dynamics.paper import published_points
 from dora_dynamics.plotting import save
 from dora_dynamics.run_directory import read_info
@@ -186,14 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     paper = published_points()
     found, along = table(late, paper), shares(trajectory)
-    stem = options.out / "analyses" / "results" / "update_geometry"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    found.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.5g")
-    along.to_csv(f"{stem}_share.csv", index=False, float_format="%.5g")
-    about = {"runs": options.runs, "versions": provenance.versions()}
-    stem.with_suffix(".json").write_text(
-        json.dumps(about | {"machine": provenance.machine()}, indent=2) + "\n"
-    )
+    write_tables(options.out, "update_geometry", {"": found, "_share": along})
+    write_about(options.out, "update_geometry", {"runs": options.runs})
     figure = draw(late, paper, along, options.runs[0], options.inputs)
     files = save(figure, options.out / "figures" / "update_geometry")
     print(found.round(3).to_string(index=False))

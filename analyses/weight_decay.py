@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._mean_interval import mean_interval
+from analyses._results import write_tables
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, METHODS, Recipe
 from analyses.finetuning.sweep import Job
@@ -95,13 +96,9 @@ def contrast(late: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (role, total), group in wide.groupby(level=["role", "total"]):
         for other in ("FT", "DoRA"):
-            difference = (group["LoRA"] - group[other]).to_numpy(float)
-            mean, n = float(difference.mean()), len(difference)
-            half = (
-                float(stats.sem(difference) * stats.t.ppf(0.975, n - 1)) if n > 1 else float("nan")
-            )
-            row = {"role": role, "total": total, "contrast": f"LoRA − {other}", "seeds": n}
-            rows.append(row | {"mean": mean, "low": mean - half, "high": mean + half})
+            mean, low, high = mean_interval(group["LoRA"] - group[other])
+            row = {"role": role, "total": total, "contrast": f"LoRA − {other}"}
+            rows.append(row | {"seeds": len(group), "mean": mean, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -154,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = sweep.run_or_read(options, jobs(options))
     late = done.trajectory()
     table, points, differences = couplings(late), prediction(late), contrast(late)
-    for name, content in {"": table, "_prediction": points, "_contrast": differences}.items():
-        content.to_csv(sweep.results(options, f"{name}.csv"), index=False, float_format="%.5g")
+    tables = {"": table, "_prediction": points, "_contrast": differences}
+    write_tables(options.out, options.name, tables)
     files = save(draw(table, points), options.out / "figures" / options.name)
     print(differences.round(3).to_string(index=False))
     print(f"Wrote {', '.join(map(str, files))}")

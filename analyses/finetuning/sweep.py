@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import dora_dynamics as dd
+from analyses import _results
 from analyses.finetuning import docstrings, models, pairs
 from analyses.finetuning.recipe import Recipe
 from analyses.finetuning.task import PairModel, Task, make_task
@@ -129,7 +130,7 @@ def add_options(
 
 def results(options: argparse.Namespace, ending: str = ".json") -> Path:
     """The file of results of a recipe."""
-    return Path(options.out) / "analyses" / "results" / f"{options.name}{ending}"
+    return _results.file(options.out, f"{options.name}{ending}")
 
 
 def run_or_read(options: argparse.Namespace, jobs: Sequence[Job]) -> Sweep:
