@@ -5,15 +5,16 @@ forward, and its `.weight` *is* the effective weight W'. The pre-trained weight 
 frozen. `merge` writes W' into the module and removes every trace of the adapter, so that a merged
 module runs as one that was never adapted.
 
-This has a price while training: since `.weight` stays the effective weight, W' is built in forward,
-and backward forms the dense gradient of W', as large as the weight itself. For training at scale
-use PEFT's adapters, which `Recorder` follows as well; `analyses.adapter_cost` measures both.
+This has a price while training: since `.weight` stays the effective weight, W' is built in forward
+and kept for backward, which forms the dense gradient of W', as large as the weight itself. For
+training at scale use PEFT's adapters, which `Recorder` follows as well; `analyses.adapter_cost`
+measures both.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -64,16 +65,16 @@ class LoRA(nn.Module):
 
     def _updated(self, weight: Tensor) -> Tensor:
         """W_0 + s·B A, stored as `weight` is, in the precision of A and B."""
-        update = self.scaling * (self.lora_B @ self.lora_A)
-        return weight + (update.T if self.stored_transposed else update)
+        return _updated(weight, self.lora_A, self.lora_B, self.scaling, self.stored_transposed)
 
 
 class DoRA(LoRA):
     """W' = m · (W_0 + s·B A) / ‖W_0 + s·B A‖_c (Eq. 5).
 
     `magnitude` is m, shape (out,), and starts at ‖W_0‖_c. With `detach_norm` the norm below the
-    fraction is a constant to the gradient (Sec. 4.3, Eq. 11), which saves memory; without it the
-    gradient is the exact one (Eq. 6), projected off each unit's own direction. A unit of W_0 whose
+    fraction is a constant to the gradient (Sec. 4.3, Eq. 11), and V = W_0 + s·B A, as large as the
+    weight and in fp32, need not be kept for backward; without it the gradient is the exact one
+    (Eq. 6), projected off each unit's own direction. A unit of W_0 whose
     norm is zero has no direction to scale, and stays zero.
     """
 
@@ -96,20 +97,77 @@ class DoRA(LoRA):
         )
         self.detach_norm = detach_norm
         start = weight.detach().to(self.lora_A.dtype)
-        self.magnitude = nn.Parameter(self._norm(start).flatten())
-
-    def _norm(self, weight: Tensor) -> Tensor:
-        """Norm of each unit, shaped to broadcast over the weight as it is stored."""
-        dim = 0 if self.stored_transposed else 1
-        norm: Tensor = torch.linalg.vector_norm(weight, dim=dim, keepdim=True)
-        return norm
+        dim = 0 if stored_transposed else 1
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(start, dim=dim))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, stored as `weight` is."""
+        if self.detach_norm:
+            factors = (self.lora_A, self.lora_B, self.magnitude)
+            result: Tensor = _ScaledByConstant.apply(
+                weight, *factors, self.scaling, self.stored_transposed
+            )[0]
+            return result
         turned = self._updated(weight)
-        norm = self._norm(turned.detach() if self.detach_norm else turned)
-        norm = norm.masked_fill(norm == 0, 1.0)
+        norm = _norm(turned, self.stored_transposed)
         return ((self.magnitude.view_as(norm) / norm) * turned).to(weight.dtype)
+
+
+def _updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: bool) -> Tensor:
+    """W_0 + s·B A, stored as `weight` is."""
+    update = scaling * (B @ A)
+    return weight + (update.T if transposed else update)
+
+
+def _norm(weight: Tensor, transposed: bool) -> Tensor:
+    """Norm of each unit, 1 where it is 0, shaped to broadcast over the weight as it is stored."""
+    norm = torch.linalg.vector_norm(weight, dim=0 if transposed else 1, keepdim=True)
+    return norm.masked_fill(norm == 0, 1.0)
+
+
+class _ScaledByConstant(torch.autograd.Function):
+    """W' of DoRA where the norm is a constant, and Eq. 11 from W_0, A, B and the norm alone.
+
+    With G the gradient of W' and c = m/‖V‖, the gradients are s·(c∘G) Aᵀ of B, s·Bᵀ (c∘G) of A and
+    Σ G∘V / ‖V‖ of m, where Σ G∘V = Σ G∘W_0 + s Σ (G Aᵀ)∘B: nothing as large as the weight is kept
+    from forward to backward. Autograd would keep V for the gradient of m.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        weight: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float, transposed: bool
+    ) -> tuple[Tensor, Tensor]:
+        turned = _updated(weight, A, B, scaling, transposed)
+        norm = _norm(turned, transposed)
+        return ((m.view_as(norm) / norm) * turned).to(weight.dtype), norm.flatten()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        weight, A, B, m, ctx.scaling, ctx.transposed = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(weight, A, B, m, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, A, B, m, norm = ctx.saved_tensors
+        G = (gradients[0].T if ctx.transposed else gradients[0]).to(A.dtype)
+        rows = weight.T if ctx.transposed else weight
+        scale = (m / norm).unsqueeze(1)
+        projected = G @ A.T
+        of_weight = of_A = of_B = of_m = None
+        if ctx.needs_input_grad[0]:
+            of_weight = (scale * G).to(weight.dtype)
+            of_weight = of_weight.T if ctx.transposed else of_weight
+        if ctx.needs_input_grad[1]:
+            of_A = ctx.scaling * ((scale * B).T @ G)
+        if ctx.needs_input_grad[2]:
+            of_B = ctx.scaling * (scale * projected)
+        if ctx.needs_input_grad[3]:
+            along = torch.linalg.vecdot(G, rows.to(A.dtype))
+            of_m = (along + ctx.scaling * torch.linalg.vecdot(projected, B)) / norm
+        return of_weight, of_A, of_B, of_m, None, None
 
 
 def apply_lora(

@@ -245,6 +245,106 @@ class TestGradients:
         assert not torch.allclose(exact[2], detached[2], rtol=0.1)
 
 
+def kept_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
+    """What autograd keeps from forward to backward, each memory once, without parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(inputs)
+    size = sum(storage.nbytes() for storage in kept.values())
+    kept.clear()
+    out.sum().backward()
+    return size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_kept_for_backward(dtype: torch.dtype) -> None:
+    """Bytes: W' for the layer; the detached norm keeps no V = W_0 + s B A beside it, in fp32."""
+    plain = nn.Sequential(nn.Linear(70, 50, dtype=dtype))
+    inputs = torch.ones(3, 70, dtype=dtype, requires_grad=True)
+    kept = {}
+    for name, apply, options in (
+        ("LoRA", dd.apply_lora, {}),
+        ("detached", dd.apply_dora, {"detach_norm": True}),
+        ("exact", dd.apply_dora, {"detach_norm": False}),
+    ):
+        model = copy.deepcopy(plain)
+        apply(model, ["0"], rank=4, **options)  # type: ignore[operator]
+        disturb(model)
+        kept[name] = kept_bytes(model, inputs)
+    elements, units = 70 * 50, 50
+    assert kept["LoRA"] == elements * dtype.itemsize + inputs.nbytes
+    assert kept["detached"] == kept["LoRA"] + 4 * units  # the norms
+    assert kept["exact"] >= kept["LoRA"] + 4 * elements
+
+
+def test_the_detached_norm_keeps_less_than_pefts() -> None:
+    """PEFT's DoRA keeps, beside what grows with the tokens, more than one dense weight."""
+    ours = nn.Sequential(nn.Linear(70, 50))
+    theirs = peft_of(ours, True, ["0"])
+    dd.apply_dora(ours, ["0"], rank=3, alpha=7)
+    inputs = torch.ones(3, 70, requires_grad=True)
+    assert kept_bytes(ours, inputs) < kept_bytes(theirs, inputs)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_the_detached_norm_are_those_of_autograd(transposed: bool) -> None:
+    """Also for W_0 itself, of second order, and where only some of the factors train."""
+    weight = (randn(8, 5) if transposed else randn(5, 8)).requires_grad_()
+    adapter = DoRA(weight, rank=3, alpha=4, stored_transposed=transposed).double()
+    with torch.no_grad():
+        adapter.lora_B.copy_(randn(5, 3, seed=1))
+        adapter.magnitude.mul_(torch.tensor([1.2, 0.8, -0.5, 1.0, 3.0]))
+    inputs = [weight, adapter.lora_A, adapter.lora_B, adapter.magnitude]
+
+    def plain() -> torch.Tensor:
+        turned = adapter._updated(weight)
+        norm = torch.linalg.vector_norm(turned.detach(), dim=0 if transposed else 1, keepdim=True)
+        return (adapter.magnitude.view_as(norm) / norm) * turned
+
+    first, second = [], []
+    for effective in (adapter(weight), plain()):
+        found = torch.autograd.grad(effective.pow(3).sum(), inputs, create_graph=True)
+        first.append(found)
+        second.append(torch.autograd.grad(sum(g.pow(2).sum() for g in found), inputs))
+    for one, other in zip(first[0] + second[0], first[1] + second[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    for parameter in inputs:
+        for other in inputs:
+            other.requires_grad_(other is parameter)
+        (alone,) = torch.autograd.grad(adapter(weight).pow(3).sum(), [parameter])
+        expected = first[1][[one is parameter for one in inputs].index(True)]
+        torch.testing.assert_close(alone, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_of_each_sample() -> None:
+    """torch.func, which needs a rule of ours for the detached norm."""
+    model = nn.Sequential(nn.Linear(7, 5))
+    dd.apply_dora(model, ["0"], rank=2)
+    disturb(model)
+    values = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, torch.Tensor], one: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.func.functional_call(model, values, (one,))
+        return out.tanh().sum()
+
+    samples = randn(3, 7).float()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, samples)
+    for i, one in enumerate(samples):
+        model.zero_grad()
+        model(one).tanh().sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(each[name][i], grad(parameter))
+
+
 @pytest.mark.parametrize("method", ["LoRA", "DoRA"])
 class TestApply:
     def test_starts_at_the_pretrained_weights_and_freezes_the_rest(
