@@ -240,6 +240,17 @@ def in_turns(ways: dict[str, Way], rounds: int, device: str) -> dict[str, NDArra
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def balanced_orders(count: int) -> list[list[int]]:
+    """Orders of so many ways that favour none: a balanced Latin square (Williams, 1949).
+
+    Over all of them each way stands equally often in each position, and equally often right after
+    each other way, which may leave the machine warm or its memory in pieces.
+    """
+    first = [(i + 1) // 2 if i % 2 else (count - i // 2) % count for i in range(count)]
+    orders = [[(way + shift) % count for way in first] for shift in range(count)]
+    return orders + [order[::-1] for order in orders] if count % 2 else orders
+
+
 def by_wall(work: Callable[[], object]) -> float:
     """Seconds until `work` and all that it queued on a GPU is done."""
     wait_for_gpu()

@@ -4,16 +4,17 @@ What LoRA and DoRA cost while they train, ours beside PEFT's, and nothing once m
 
 One LLaMA-7B decoder layer (bf16; 4 × 1024 tokens on a GPU, 1 × 128 on a CPU) and BERT-base (fp32;
 16 × 128, on a CPU 4 × 64), adapters of rank 16 on every linear layer. Times of forward and of
-backward, medians over turns in which every variant runs once. Peak memory of forward and backward
+backward, medians over turns in which every variant runs once, in balanced orders: each in every
+position, and right behind every other one, equally often. Peak memory of forward and backward
 is what a GPU holds at most above the model, its adapters and their gradients; on any device, what
 autograd keeps from forward to backward is counted too, each memory once, parameters left out.
 DoRA with the norm a constant to the gradient (Sec. 4.3, `detached`) and with the exact gradient;
 PEFT has the former only, and its rows are left out where it is not installed. `merged` is ours and
-PEFT's after merging, and `original` the model before: forward without gradients, with the ratio to
-it, which is 1 within noise.
+PEFT's after merging, and `original` the model before: forward without gradients, in turns of their
+own, with the ratio to it in each turn, which is 1 within noise.
 
-Writes analyses/results/adapter_cost_<machine>.csv, and figures/adapter_cost.{png,svg} from the
-tables of all machines found there; `--redraw` only draws.
+Writes analyses/results/adapter_cost_<machine>.csv, anew after each model, and
+figures/adapter_cost.{png,svg} from the tables of all machines found there; `--redraw` only draws.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -30,7 +32,7 @@ from matplotlib.figure import Figure
 
 import dora_dynamics as dd
 from analyses import _tables
-from analyses._performance import by_events, by_wall
+from analyses._performance import balanced_orders, by_events, by_wall
 from analyses._training import BERT_BASE, LLAMA_LAYER, Shape, batch_of, model_of
 from dora_dynamics.plotting import save
 from dora_dynamics.sites import find_sites
@@ -139,32 +141,51 @@ def measure(shape: Shape, device: str, rank: int, rounds: int) -> pd.DataFrame:
     chosen = variants()
     models = {variant: adapted(variant, shape, device, rank) for variant in chosen}
     batch = batch_of(shape, device)
-    times: dict[Variant, list[tuple[float, float]]] = {variant: [] for variant in chosen}
-    for turn in range(-1, rounds):  # the first is to warm up
-        for variant, model in models.items():
-            timed = forward_only if is_still(variant) else forward_and_backward
-            found = timed(model, batch, device)
-            if turn >= 0:
-                times[variant].append(found)
+    times: dict[Variant, NDArray[np.float64]] = {}
+    for still in (False, True):
+        group = [variant for variant in chosen if is_still(variant) == still]
+        timed = forward_only if still else forward_and_backward
+        works = [partial(timed, models[variant], batch, device) for variant in group]
+        times |= dict(zip(group, in_balanced_turns(works, rounds), strict=True))
     rows = []
     for variant, model in models.items():
-        seconds = np.array(times[variant])
+        seconds = times[variant]
         forward, backward = 1e3 * np.median(seconds, axis=0)
         low, high = np.quantile(seconds.sum(axis=1), [0.25, 0.75])
         row: dict[str, object] = {"model": shape.name, "variant": variant.name}
         row |= {"method": variant.method, "by": variant.by, "detached": variant.detached}
         row |= {"merged": variant.merged, "batch": shape.batch, "sequence": shape.sequence}
-        row |= {"rank": rank, "rounds": rounds, "forward_ms": forward, "backward_ms": backward}
+        row |= {"rank": rank, "rounds": len(seconds)}
+        row |= {"forward_ms": forward, "backward_ms": backward}
         row["spread"] = (high - low) / 2 / float(np.median(seconds.sum(axis=1)))
         still = is_still(variant)
         row["peak_mb"] = np.nan if still else peak_memory(model, batch) / 1e6
         row["kept_mb"] = np.nan if still else kept_memory(model, batch) / 1e6
         if still:
-            ratios = seconds[:, 0] / np.array(times[chosen[0]])[:, 0]
+            ratios = seconds[:, 0] / times[chosen[0]][:, 0]
             low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
             row |= {"latency_ratio": middle, "ratio_low": low, "ratio_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def in_balanced_turns(
+    works: Sequence[Callable[[], tuple[float, float]]], rounds: int
+) -> list[NDArray[np.float64]]:
+    """What each work returns, once a turn, in orders that favour none; at least so many turns.
+
+    Returns:
+        One array for each work, shape (turns, 2).
+    """
+    orders = balanced_orders(len(works))
+    found: list[list[tuple[float, float]]] = [[] for _ in works]
+    for work in works:
+        work()
+    for _ in range(-(-rounds // len(orders))):
+        for order in orders:
+            for i in order:
+                found[i].append(works[i]())
+    return [np.array(times) for times in found]
 
 
 def is_still(variant: Variant) -> bool:
@@ -279,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, writes the table and the figure, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m analyses.adapter_cost")
     parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--rounds", type=int, default=15, help="timings of each variant")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each variant, at least")
     options = _tables.parsed(parser, argv)
     if not options.redraw:
         tables = []
@@ -289,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             columns = ["model", "variant", "forward_ms", "backward_ms", "spread", "peak_mb"]
             columns += ["kept_mb", "latency_ratio"]
             text = tables[-1][columns].to_string(index=False, float_format="{:.3g}".format)
+            _tables.write(NAME, pd.concat(tables, ignore_index=True), options)
             print(text, flush=True)
-        _tables.write(NAME, pd.concat(tables, ignore_index=True), options)
     save(draw(_tables.stored(NAME, options.out)), options.out / "figures" / NAME)
 
 

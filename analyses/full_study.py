@@ -4,7 +4,8 @@ The study at full strength: the commands with which the results in analyses/resu
 two that wait for a GPU (`decay_placement`, whose committed results are of its small setting on two
 cores, and `reproduction_bart_no_decay`).
 `--list` prints them. The commands of a queue run one after the other, the queues side by side, in
-turn on the GPUs that there are. `--parts` runs some of the parts only.
+turn on the GPUs that there are. `--parts` runs some of the parts only: `--parts speed` needs no
+data, and a machine on which nothing else runs.
 
 The pairs of the committed results were written by
 
@@ -73,14 +74,23 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
             "merge {minilm} --out {out}",
         ),
     ),
+    "speed": (  # one after the other: what runs beside them would be in their times
+        (
+            "observer_cost --device {device} --out {out}",
+            "performance --device {device} --out {out}",
+            "adapter_cost --device {device} --out {out}",
+            "growth --device {device} --out {out}",
+        ),
+    ),
 }
-"""Commands by part and queue; {out}, {minilm} and {common} are filled in."""
+"""Commands by part and queue; {out}, {minilm}, {device} and {common} are filled in."""
 
 
 def commands(part: str, options: argparse.Namespace) -> list[list[str]]:
     """The queues of a part, as lines of arguments behind `python -m analyses.`."""
     given = {
         "out": shlex.quote(options.out),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "minilm": f"--model {shlex.quote(options.minilm)}" if options.minilm else "",
         "common": f"--data {shlex.quote(options.data)} --out {shlex.quote(options.out)}",
     }

@@ -11,8 +11,8 @@ size runs once. The line is the least-squares fit of time on size; R² is its, a
 of a power law through the points from a tenth of the largest size on, where fixed costs no longer
 count.
 
-Writes analyses/results/growth_<machine>.csv, and figures/growth.{png,svg} from the tables of all
-machines found there; `--redraw` only draws.
+Writes analyses/results/growth_<machine>.csv, anew after each growth, and figures/growth.{png,svg}
+from the tables of all machines found there; `--redraw` only draws.
 """
 
 from __future__ import annotations
@@ -218,6 +218,9 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
     for table, panels in zip(tables, rows, strict=True):
         for panel, (kind, unit) in zip(panels, UNITS.items(), strict=True):
             points = table[table["growth"] == kind]
+            if points.empty:  # cut off before it was measured
+                panel.set_axis_off()
+                continue
             size = points["size"].to_numpy() / (1e6 if kind == "parameters" else 1)
             median, first = points["median_ms"].to_numpy(), points.iloc[0]
             errors = [median - points["low_ms"], points["high_ms"] - median]
@@ -258,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 torch.cuda.empty_cache()
             print(tables[-1].to_string(index=False, float_format="{:.4g}".format))
             print(f"{time.perf_counter() - started:.0f} s", flush=True)
-        _tables.write(NAME, pd.concat(tables, ignore_index=True), options)
+            _tables.write(NAME, pd.concat(tables, ignore_index=True), options)
     save(draw(_tables.stored(NAME, options.out)), options.out / "figures" / NAME)
 
 

@@ -11,13 +11,14 @@ A low-rank change is held against the same after building W', in float32 and flo
 are those of W_0. "To host" is wall time until all numbers are in host memory; other rows of a GPU
 are device time, ours through a captured graph, so that gaps between launches do not count.
 
-Writes analyses/results/performance_<machine>.csv, and figures/performance.{png,svg} from the
-tables of all machines found there; `--redraw` only draws.
+Writes analyses/results/performance_<machine>.csv, anew after each case, and
+figures/performance.{png,svg} from the tables of all machines found there; `--redraw` only draws.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -166,14 +167,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit = 0.0
         rounds = 2 if options.quick else options.rounds
         for case in cases(options.device, options.quick):
+            started = time.perf_counter()
             table = measure(case, options.device, rounds, limit)
             limit = limit or 1e9 * float(table["limit_gb_per_s"].iloc[0])
             tables.append(table)
             shown = ["case", "path", "median_ms", "spread", "fraction", "target"]
             shown += ["times_naive", "times_naive_float64", "extra_mb", "relative_error"]
             text = table[shown].to_string(index=False, float_format="{:.3g}".format)
-            print(text, flush=True)
-        _tables.write(NAME, pd.concat(tables, ignore_index=True), options)
+            _tables.write(NAME, pd.concat(tables, ignore_index=True), options)
+            print(f"{text}\n{time.perf_counter() - started:.0f} s", flush=True)
     stored = [t[~t["path"].isin(LIMITS)] for t in _tables.stored(NAME, options.out)]
     save(draw(stored), options.out / "figures" / NAME)
 

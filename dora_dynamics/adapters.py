@@ -104,9 +104,10 @@ class DoRA(LoRA):
         """The effective weight, stored as `weight` is."""
         if self.detach_norm:
             factors = (self.lora_A, self.lora_B, self.magnitude)
-            result: Tensor = _ScaledByConstant.apply(
+            result: Tensor
+            result, _ = _ScaledByConstant.apply(  # type: ignore[no-untyped-call]
                 weight, *factors, self.scaling, self.stored_transposed
-            )[0]
+            )
             return result
         turned = self._updated(weight)
         norm = _norm(turned, self.stored_transposed)
@@ -121,7 +122,7 @@ def _updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, transposed: b
 
 def _norm(weight: Tensor, transposed: bool) -> Tensor:
     """Norm of each unit, 1 where it is 0, shaped to broadcast over the weight as it is stored."""
-    norm = torch.linalg.vector_norm(weight, dim=0 if transposed else 1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=0 if transposed else 1, keepdim=True)
     return norm.masked_fill(norm == 0, 1.0)
 
 

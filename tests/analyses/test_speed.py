@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 from analyses import _tables, growth
+from analyses._performance import balanced_orders
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,6 +140,51 @@ def test_growth(tmp_path: Path) -> None:
     drawn = (tmp_path / "figures" / "growth.svg").read_text()
     growth.main(["--redraw", "--out", str(tmp_path)])
     assert (tmp_path / "figures" / "growth.svg").read_text() == drawn
+
+
+def test_growth_that_is_cut_off_is_written_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("cut off")
+
+    monkeypatch.setattr(growth, "with_rank", failing)
+    with pytest.raises(RuntimeError, match="cut off"):
+        growth.main([*QUICK, "--out", str(tmp_path)])
+    growth.main(["--redraw", "--out", str(tmp_path)])
+    assert set(only_table(tmp_path, "growth")["growth"]) == {"parameters", "sites"}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_balanced_orders(count: int) -> None:
+    """Every way as often in each position, and as often right after each other way."""
+    orders = balanced_orders(count)
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    for position in range(count):
+        there = Counter(order[position] for order in orders)
+        assert set(there.values()) == {len(orders) // count}
+    neighbours = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(neighbours) == count * (count - 1)
+    assert len(set(neighbours.values())) == 1
+
+
+def test_turns_are_balanced() -> None:
+    """In at least as many turns as were asked for, in whole squares, one turn to warm up."""
+    pytest.importorskip("transformers")
+    from analyses import adapter_cost
+
+    order: list[int] = []
+
+    def work(i: int) -> tuple[float, float]:
+        order.append(i)
+        return float(len(order)), float(i)
+
+    found = adapter_cost.in_balanced_turns([partial(work, i) for i in range(4)], 5)
+    assert [times.shape for times in found] == [(8, 2)] * 4
+    assert order[:4] == [0, 1, 2, 3]
+    assert [order[4 + 4 * t : 8 + 4 * t] for t in range(8)] == 2 * balanced_orders(4)
+    for i, times in enumerate(found):
+        assert (times[:, 1] == i).all()
 
 
 def test_fit_of_a_straight_line() -> None:

@@ -207,7 +207,8 @@ def test_the_full_setting_is_made_of_commands_that_exist(
     full_study.main(["--list", "--data", "D", "--minilm", "M"])
     lines = capsys.readouterr().out.splitlines()
     recipes = {line.split()[2].removeprefix("analyses.") for line in lines}
-    assert recipes == {entry.name for entry in answers.ENTRIES} | {"pretrain"}
+    speed = {"observer_cost", "performance", "adapter_cost", "growth"}
+    assert recipes == {entry.name for entry in answers.ENTRIES} | {"pretrain"} | speed
 
 
 def test_the_gallery_names_every_recipe_that_writes_results() -> None:
