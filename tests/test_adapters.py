@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -270,13 +271,14 @@ def test_what_is_kept_for_backward(dtype: torch.dtype) -> None:
     plain = nn.Sequential(nn.Linear(70, 50, dtype=dtype))
     inputs = torch.ones(3, 70, dtype=dtype, requires_grad=True)
     kept = {}
-    for name, apply, options in (
-        ("LoRA", dd.apply_lora, {}),
-        ("detached", dd.apply_dora, {"detach_norm": True}),
-        ("exact", dd.apply_dora, {"detach_norm": False}),
-    ):
+    adapt: dict[str, Callable[..., Any]] = {
+        "LoRA": dd.apply_lora,
+        "detached": dd.apply_dora,
+        "exact": partial(dd.apply_dora, detach_norm=False),
+    }
+    for name, apply in adapt.items():
         model = copy.deepcopy(plain)
-        apply(model, ["0"], rank=4, **options)  # type: ignore[operator]
+        apply(model, ["0"], rank=4)
         disturb(model)
         kept[name] = kept_bytes(model, inputs)
     elements, units = 70 * 50, 50
@@ -307,13 +309,15 @@ def test_gradients_of_the_detached_norm_are_those_of_autograd(transposed: bool) 
     def plain() -> torch.Tensor:
         turned = adapter._updated(weight)
         norm = torch.linalg.vector_norm(turned.detach(), dim=0 if transposed else 1, keepdim=True)
-        return (adapter.magnitude.view_as(norm) / norm) * turned
+        effective: torch.Tensor = (adapter.magnitude.view_as(norm) / norm) * turned
+        return effective
 
     first, second = [], []
     for effective in (adapter(weight), plain()):
         found = torch.autograd.grad(effective.pow(3).sum(), inputs, create_graph=True)
         first.append(found)
-        second.append(torch.autograd.grad(sum(g.pow(2).sum() for g in found), inputs))
+        squares = torch.stack([g.pow(2).sum() for g in found])
+        second.append(torch.autograd.grad(squares.sum(), inputs))
     for one, other in zip(first[0] + second[0], first[1] + second[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
     for parameter in inputs:
