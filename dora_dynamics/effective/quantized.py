@@ -1,14 +1,15 @@
 """Quantised layers: the weight they stand for, and how to add a kind that is not known here.
 
 A quantised layer multiplies by codes and scales; the weight it stands for is what they decode to.
-The functions below decode the layers of torchao, HQQ, GPTQ and AWQ through what those layers
-themselves offer, and those of bitsandbytes through its own functions; `register_dequantizer` adds
-one more.
+The functions below decode the layers of torchao, HQQ and GPTQ through what those layers themselves
+offer, and those of bitsandbytes and AWQ through their packages' functions; `register_dequantizer`
+adds one more.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 _dequantizers: dict[type[nn.Module], Callable[[nn.Module], Tensor]] = {}
 _BITSANDBYTES: Final = frozenset({"Params4bit", "Int8Params"})
+_DECODERS: Final = {"dequantize": False, "dequantize_weight": True}
+"""Methods that decode a layer, and whether to (in, out): GPTQ's do, HQQ's not."""
+_AWQ: Final = frozenset({
+    "AwqGEMMLinear", "AwqGEMMTritonLinear", "AwqTorchLinear", "WQLinear_GEMM",
+})  # fmt: skip
+"""The layers of GPTQModel and AutoAWQ that are packed for a plain matrix product."""
+_AWQ_UNPACKING: Final = (
+    "gptqmodel.quantization.awq.utils.packing_utils",
+    "awq.utils.packing_utils",
+)
 
 
 def register_dequantizer(
@@ -82,10 +93,12 @@ def dequantized(module: nn.Module) -> Tensor:
         weight = module._parameters.get("weight")
         if weight is not None and _decodes_itself(weight):
             return weight.detach().dequantize()
-        for name in ("dequantize", "dequantize_weight"):
+        for name, is_in_out in _DECODERS.items():
             method = getattr(module, name, None)
             if callable(method):
-                return _as_out_in(module, method())
+                return _as_out_in(module, method(), is_in_out=is_in_out)
+        if any(cls.__name__ in _AWQ for cls in type(module).__mro__):
+            return _from_awq(module)
         if type(weight).__name__ in _BITSANDBYTES and "bitsandbytes" in sys.modules:
             return _from_bitsandbytes(module, weight)
     raise NoDenseWeightError(
@@ -155,8 +168,19 @@ def _from_bitsandbytes(module: nn.Module, weight: Any) -> Tensor:
     return codes * rows
 
 
-def _as_out_in(module: nn.Module, weight: Tensor) -> Tensor:
-    """GPTQ-like layers decode to (in, out), others to (out, in): told by the layer's own sizes."""
+def _from_awq(module: Any) -> Tensor:
+    """Unpack an AWQ layer by the function of the package that it comes from."""
+    package = type(module).__module__.partition(".")[0]
+    name = next(name for name in _AWQ_UNPACKING if name.partition(".")[0] == package)
+    bits = module.bits if hasattr(module, "bits") else module.w_bit
+    unpack = importlib.import_module(name).dequantize_gemm
+    weight: Tensor = unpack(module.qweight, module.qzeros, module.scales, bits, module.group_size)
+    return weight.detach().T
+
+
+def _as_out_in(module: nn.Module, weight: Tensor, *, is_in_out: bool) -> Tensor:
+    """What a layer decodes to as (out, in); on a weight that is not square its own sizes tell."""
     rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    transposed = rows != columns and tuple(weight.shape) == (columns, rows)
-    return weight.detach().T if transposed else weight.detach()
+    if rows != columns and tuple(weight.shape) in ((rows, columns), (columns, rows)):
+        is_in_out = tuple(weight.shape) == (columns, rows)
+    return weight.detach().T if is_in_out else weight.detach()

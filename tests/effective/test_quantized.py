@@ -122,6 +122,15 @@ def test_registered_and_self_unpacking_layers() -> None:
     assert not is_quantized(plain.query)
 
 
+def test_a_square_layer_is_not_taken_the_wrong_way_round() -> None:
+    """GPTQ's layers decode to (in, out), and the shape of a square one does not tell."""
+    torch.manual_seed(0)
+    layer = PackedLinear(nn.Linear(16, 16))
+    basis = torch.eye(16)
+    expected = (layer(basis) - layer(0 * basis)).T
+    torch.testing.assert_close(dense_weight(layer), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_an_unknown_kind_says_what_to_do() -> None:
     layer = nn.Linear(4, 4)
     layer.register_buffer("qweight", torch.zeros(2, 4, dtype=torch.int8))
@@ -184,8 +193,6 @@ def test_the_16_bit_reference_tells_how_large_the_error_is(tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type .*PackedLinear")
 def test_qalora() -> None:
-    """A of QALoRA sees the sums of groups of four inputs, each times 16 / 4² (PEFT's scaling)."""
-
     def train(model: Any) -> None:
         torch.manual_seed(1)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -203,14 +210,20 @@ def test_qalora() -> None:
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     layer = model.query
-    A, B = (getattr(layer, f"lora_{which}")["default"].weight.double() for which in "AB")
     base = layer.base_layer.dequantize_weight().T.double()
-    expected = base + layer.scaling["default"] * (B @ A).repeat_interleave(4, dim=1) * (16 / 4) / 4
-    torch.testing.assert_close(dense_weight(layer), expected.detach(), rtol=0, atol=1e-6)
+    expected = qalora_weight(layer, base)
+    torch.testing.assert_close(dense_weight(layer), expected, rtol=0, atol=1e-6)
     assert how_read(layer) == QALORA.how
-    change = dd.weight_change(base, expected.detach())
+    change = dd.weight_change(base, expected)
     row: Any = recorder.trajectory.query("step == 3").iloc[0]
     assert row["update_norm"] == pytest.approx(change.update_norm, rel=1e-6)
+
+
+def qalora_weight(layer: Any, base: torch.Tensor) -> torch.Tensor:
+    """A of QALoRA sees the sums of groups of four inputs, each times in / 4² (PEFT's scaling)."""
+    A, B = (getattr(layer, f"lora_{which}")["default"].weight.double() for which in "AB")
+    product = (B @ A).repeat_interleave(4, dim=1) * base.shape[1] / 16
+    return (base.double() + layer.scaling["default"] * product).detach()
 
 
 def same_as_applied(layer: nn.Module, weight: torch.Tensor, tolerance: float) -> None:
@@ -280,3 +293,106 @@ def test_torchao() -> None:
     with torch.no_grad():
         expected = (layer(torch.eye(16)) - layer(torch.zeros(1, 16))).T
     torch.testing.assert_close(dense_weight(layer).float(), expected, rtol=1e-5, atol=1e-6)
+
+
+SIZES = [(32, 64), (32, 32)]
+"""The second, because a transposed square weight would look right."""
+
+
+def grouped(weight: torch.Tensor, group: int = 16, bits: int = 4) -> tuple[torch.Tensor, ...]:
+    """Scales and zeros, (out, groups), of 4-bit codes, and the weight that they stand for."""
+    groups = weight.detach().unflatten(1, (-1, group))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = ((high - low) / (2**bits - 1)).to(torch.float16).float()
+    zero = (-low / scale).round()
+    codes = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
+    return scale, zero, ((codes - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", ["GPTQ", "AWQ"])
+def test_gptqmodel(kind: str, sizes: tuple[int, int]) -> None:
+    """The real layers of GPTQ and AWQ; GPTQModel is too heavy for an extra of this package."""
+    pytest.importorskip("gptqmodel", reason="GPTQModel is not installed")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    torch.manual_seed(0)
+    plain = nn.Linear(*sizes)
+    scale, zero, expected = grouped(plain.weight)
+    plain.weight.data = expected.clone()  # the packing rounds by itself, without a bound
+    layer_class = TorchLinear if kind == "GPTQ" else AwqTorchLinear
+    layer: Any = layer_class(
+        bits=4, group_size=16, sym=False, desc_act=False, in_features=sizes[0],
+        out_features=sizes[1], bias=True, register_buffers=True,
+    )  # fmt: skip
+    if kind == "GPTQ":
+        layer.pack_original(plain, scale, zero, g_idx=torch.arange(sizes[0]) // 16)
+    else:
+        layer.pack(plain, scale, zero)
+    layer.eval()
+    assert is_quantized(layer)
+    torch.testing.assert_close(dequantized(layer).float(), expected, rtol=2e-3, atol=1e-5)
+    check_lora_on(layer, sizes)
+    if kind == "GPTQ":
+        config = peft.LoraConfig(
+            r=2, target_modules=["query"], init_lora_weights=False, use_qalora=True,
+            qalora_group_size=4,
+        )  # fmt: skip
+        holder = nn.ModuleDict({"query": layer, "head": nn.Linear(sizes[1], 3)})
+        model: Any = peft.get_peft_model(holder, config)
+        query = model.base_model.model["query"]
+        torch.testing.assert_close(
+            dense_weight(query), qalora_weight(query, dequantized(layer)), rtol=0, atol=1e-6
+        )
+        assert how_read(query) == QALORA.how
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_autoawq(sizes: tuple[int, int]) -> None:
+    gemm = pytest.importorskip("awq.modules.linear.gemm", reason="AutoAWQ is not installed")
+    torch.manual_seed(0)
+    plain = nn.Linear(*sizes)
+    scale, zero, expected = grouped(plain.weight)
+    plain.weight.data = expected.clone()  # the packing rounds by itself, without a bound
+    layer = gemm.WQLinear_GEMM.from_linear(
+        plain, w_bit=4, group_size=16, scales=scale.T.contiguous(), zeros=zero.T.contiguous()
+    )
+    torch.testing.assert_close(dequantized(layer).float(), expected, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_hqq(sizes: tuple[int, int]) -> None:
+    quantize = pytest.importorskip("hqq.core.quantize", reason="HQQ is not installed")
+    torch.manual_seed(0)
+    plain = nn.Linear(*sizes)
+    before = plain.weight.detach().clone()
+    layer = quantize.HQQLinear(
+        plain, quantize.BaseQuantizeConfig(nbits=4, group_size=16),
+        compute_dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    assert is_quantized(layer)
+    basis = torch.eye(sizes[0])
+    applied = (layer(basis) - layer(0 * basis)).T.detach()
+    torch.testing.assert_close(dequantized(layer), applied, rtol=1e-5, atol=1e-6)
+    assert 0 < (dequantized(layer) - before).norm() / before.norm() < 0.15
+    check_lora_on(layer, sizes)
+
+
+def check_lora_on(layer: Any, sizes: tuple[int, int]) -> None:
+    """PEFT's own LoRA on a quantised layer: what it decodes to, and the product of the factors."""
+    model: Any = nn.ModuleDict({"query": layer, "head": nn.Linear(sizes[1], 3)})
+    before = dequantized(layer).double()
+    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, config).eval()
+    query = adapted.base_model.model["query"]
+    A, B = query.lora_A["default"].weight.double(), query.lora_B["default"].weight.double()
+    after = (before + query.scaling["default"] * B @ A).detach()
+    torch.testing.assert_close(dense_weight(query), after, rtol=0, atol=1e-9)
+    with pytest.warns(UserWarning, match=IS_QUANTISED):
+        recorder = dd.Recorder(adapted, ["query"])
+    recorder.record()
+    row: Any = recorder.trajectory.iloc[0]
+    assert row["update_norm"] == pytest.approx(
+        dd.weight_change(before, after).update_norm, rel=1e-6
+    )

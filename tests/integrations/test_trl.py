@@ -26,7 +26,21 @@ pytestmark = [  # what TRL's own defaults bring about
     pytest.mark.filterwarnings(f"ignore:{message}:FutureWarning")
     for message in ("`gradient_checkpointing.*` is deprecated", "`is_gradient_checkpointing` is")
 ]
-WORDS = ["<pad>", "<unk>", "</s>", *"a dog and cat saw the small one that ran".split()]
+WORDS = [
+    "<pad>",
+    "<unk>",
+    "</s>",
+    "a",
+    "and",
+    "cat",
+    "dog",
+    "one",
+    "ran",
+    "saw",
+    "small",
+    "that",
+    "the",
+]
 TARGETS = ["query", "value"]
 
 
