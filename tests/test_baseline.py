@@ -359,7 +359,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("start", ["loftq", "corda", "lora_ga"])
     def test_is_told_by_the_configuration(self, start: str, tiny_transformer: Build) -> None:
-        """LoftQ needs a GPU to start, so that the configuration of another is made to say it."""
+        """Their starts take more than a model; they are made in `effective/test_peft_tuners.py`."""
         model = adapted(tiny_transformer())
         model.peft_config["default"].init_lora_weights = start
         with pytest.raises(BaselineError, match="rewrote the base weight"):

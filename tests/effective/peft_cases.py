@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -161,7 +164,19 @@ class Case:
             return self.config(model)
         if options.get("init_lora_weights") in ("corda", "lora_ga"):
             return _prepared(self, model, options)
+        if options.get("init_lora_weights") == "loftq":
+            with OnCpu():
+                return peft.get_peft_model(model, self.config(**options))
         return peft.get_peft_model(model, self.config(**options))
+
+
+class OnCpu(TorchFunctionMode):
+    """LoftQ asks for a GPU by name and computes nothing that needs one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: "cpu" if isinstance(x, str) and x == "cuda" else x,
+                                (args, kwargs or {}))  # fmt: skip
+        return func(*args, **kwargs)
 
 
 def _prepared(case: Case, model: nn.Module, options: dict[str, Any]) -> Any:
@@ -280,6 +295,11 @@ def _as_it_comes(kind: str) -> Case:
     return _case(kind, "as it comes", "")
 
 
+LOFTQ = [
+    _lora("loftq", init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
+][: find_spec("bitsandbytes") is not None]
+"""Its start is computed by bitsandbytes."""
+
 CASES: dict[str, list[Case]] = {
     "LORA": [
         _lora("plain"),
@@ -301,6 +321,7 @@ CASES: dict[str, list[Case]] = {
               corda_config=CordaConfig()),
         _lora("lora_ga", init_lora_weights="lora_ga",
               lora_ga_config=LoraGAConfig()),
+        *LOFTQ,
         _lora("mica", init_lora_weights="mica", how="merge on a copy"),
         _lora("bias", lora_bias=True, followed=("query", "down"), targets=("query", "down")),
         _lora("bias on none", lora_bias=True, followed=("value",), targets=("value",)),
@@ -392,5 +413,5 @@ CASES: dict[str, list[Case]] = {
     "WAVEFT": [_case("WAVEFT", "plain", n_frequency=20)],
 }  # fmt: skip
 
-QALORA = Case("qalora on a quantised base", qalora, "probed", Packed, followed=("query",))
+QALORA = Case("qalora on a stand-in for GPTQ", qalora, "probed", Packed, followed=("query",))
 """Not built by PEFT on a CPU, and so not among the others; see `test_quantized.py`."""

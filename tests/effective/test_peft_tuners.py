@@ -17,7 +17,7 @@ from dora_dynamics.baseline_source import BaselineError
 from dora_dynamics.effective import NoDenseWeightError, dense_weight, is_merged
 from dora_dynamics.effective.peft_layers import is_tuner_layer, resolved
 from dora_dynamics.effective.peft_weights import how_read
-from tests.effective.peft_cases import Case, all_cases
+from tests.effective.peft_cases import Case, OnCpu, all_cases
 from tests.effective.waits import Waits
 from tests.integrations.test_transfers import Watch
 
@@ -338,7 +338,8 @@ def add_second(model: Any) -> bool:
     """Add a second adapter of the same configuration and activate both, where PEFT can."""
     config = copy.deepcopy(model.peft_config["default"])
     try:
-        model.add_adapter("second", config)
+        with OnCpu():
+            model.add_adapter("second", config)
         model.base_model.set_adapter(["default", "second"])
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError):
         return False
