@@ -7,6 +7,7 @@ adapters, say) or merging is not implemented, the weight is probed.
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -84,8 +85,8 @@ def how_read(layer: nn.Module, parameter: str = "weight") -> str:
 def _by_merging(layer: nn.Module, parameter: str) -> Dense | None:
     """What a private copy of a layer holds once it is merged; None where it cannot be merged."""
     with undisturbed(layer), warnings.catch_warnings(), WithoutWaiting() as taken:
-        # What PEFT says about a merge concerns the copy, which nobody else sees.
-        warnings.filterwarnings("ignore", module=r"peft\.")
+        # What PEFT, or torch when PEFT calls it, says concerns the copy, which nobody else sees.
+        warnings.filterwarnings("ignore", module=rf"peft\.|{re.escape(WithoutWaiting.__module__)}")
         copy = private_copy(layer)
         leaf = original(copy)
         stored = _stored(leaf, parameter)

@@ -223,7 +223,8 @@ def qalora_weight(layer: Any, base: torch.Tensor) -> torch.Tensor:
     """A of QALoRA sees the sums of groups of four inputs, each times in / 4² (PEFT's scaling)."""
     A, B = (getattr(layer, f"lora_{which}")["default"].weight.double() for which in "AB")
     product = (B @ A).repeat_interleave(4, dim=1) * base.shape[1] / 16
-    return (base.double() + layer.scaling["default"] * product).detach()
+    weight: torch.Tensor = base.double() + layer.scaling["default"] * product
+    return weight.detach()
 
 
 def same_as_applied(layer: nn.Module, weight: torch.Tensor, tolerance: float) -> None:
