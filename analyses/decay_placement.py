@@ -17,6 +17,7 @@ import pandas as pd
 
 import dora_dynamics as dd
 from analyses import _drawing as drawing
+from analyses._results import write_tables
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
 from analyses.finetuning.sweep import Job
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--totals", type=float, nargs="+", default=list(TOTALS))
     options = parser.parse_args(argv)
     table = conditions(sweep.run_or_read(options, jobs(options)).trajectory())
-    table.to_csv(sweep.results(options, ".csv"), index=False, float_format="%.5g")
+    write_tables(options.out, options.name, {"": table})
     files = save(draw(table), options.out / "figures" / options.name)
     shown = ["role", "level", "decay_on", "total", "pearson", "relative_change"]
     print(table[shown].round(3).to_string(index=False))

@@ -38,6 +38,7 @@ ENVIRONMENTS: Final[dict[str, tuple[str, ...]]] = {
 TESTS: Final = (
     "tests/robustness",
     "tests/effective",
+    "tests/recording",
     "tests/integrations/test_transformers.py",
     "tests/test_decomposition.py",
     "tests/test_recorder.py",
