@@ -167,7 +167,8 @@ class Baselines:
         By its factors only where W_0 is the very base below them.
 
         Raises:
-            BaselineError: the base weight that was W_0 has been merged into, or replaced.
+            BaselineError: the base weight that was W_0 has been merged into, or the weight has
+                another shape by now, or no values.
         """
         where, weight = self._followed[name], self.weights[name]
         if name in self._shared:
@@ -184,6 +185,13 @@ class Baselines:
             raise ShardingError(
                 f"{name} was whole when its baseline was taken and is sharded now: make the "
                 "recorder after the model is sharded."
+            )
+        if now.is_meta and not weight.is_meta:
+            raise BaselineError(f"{name} has lost its values: it is on the meta device.")
+        if now.shape != weight.shape:
+            raise BaselineError(
+                f"{name} has the shape {tuple(now.shape)} now, and its baseline "
+                f"{tuple(weight.shape)}: make the recorder after weights are resized."
             )
         as_loaded = weight.dtype if stored is None else _as_loaded(weight, stored)
         common = torch.promote_types(as_loaded, now.dtype)
@@ -211,7 +219,7 @@ class Baselines:
     @property
     def device_types(self) -> set[str]:
         """Where weights are measured: "cuda", "cpu" and so on."""
-        return {self._device_of(name).type for name in self._followed}
+        return {self._device_of(name).type for name in self._followed} - {"meta"}
 
     def _device_of(self, name: str) -> torch.device:
         stored = self._followed[name].stored()

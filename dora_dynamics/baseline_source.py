@@ -16,7 +16,7 @@ from dora_dynamics.effective.peft_layers import rewriting_method
 from dora_dynamics.errors import InputError
 from dora_dynamics.followed import Followed, follow
 from dora_dynamics.sharded.models import expose
-from dora_dynamics.sites import find_sites
+from dora_dynamics.sites import find_sites, once
 
 if TYPE_CHECKING:
     import re
@@ -71,7 +71,7 @@ def capture_baseline(
         NoSiteMatchesError: a target matches nothing.
     """
     expose(model)
-    sites = find_sites(model, targets, granularity)
+    sites = once(find_sites(model, targets, granularity))
     followed = follow(model, sites)
     refuse_rewritten(model, followed)
     names = _names(sites)

@@ -21,7 +21,7 @@ from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
 from dora_dynamics.sharded.models import expose
-from dora_dynamics.sites import Site, find_sites
+from dora_dynamics.sites import Site, find_sites, once, other_names, tensor_names
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -141,7 +141,7 @@ class Recorder:
         if granularity not in get_args(Granularity):
             raise InputError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")
         expose(model)
-        self.sites: list[Site] = find_sites(model, targets, granularity)
+        self.sites: list[Site] = once(find_sites(model, targets, granularity))
         self.axis: Axis = axis
         self._model = model
         self._followed: dict[str, Followed] = follow(model, self.sites)
@@ -158,6 +158,7 @@ class Recorder:
             axis=axis,
             targets=[t.pattern if isinstance(t, re.Pattern) else t for t in targets],
             sites=[site.key for site in self.sites],
+            also_known_as=other_names(self.sites),
             baseline=self._baseline.description,
             model=_model_name(model),
             seed=seed,
@@ -284,6 +285,7 @@ class Recorder:
         expose(self._model)
         watched = [unwrapped(optimizer) for optimizer in optimizers]
         self._followed = follow(self._model, self.sites)
+        self._check_ties()
         self._watch.follow(self._followed)
         self._recording.check_kept()
         self._baseline.settle(self._followed)
@@ -298,6 +300,20 @@ class Recorder:
         if self.last_recorded is None or missed:
             self.record()
         self._watch.begin(watched, self._before_step, self._after_step)
+
+    def _check_ties(self) -> None:
+        """Warn of weights that were one when the recorder was made, and no longer are."""
+        names = [set(names) for names in tensor_names(self._model)]
+        for site in self.sites:
+            group = next((some for some in names if site.tensor in some), set())
+            for other in site.also_known_as:
+                if other.partition("[")[0] not in group:
+                    warnings.warn(
+                        f"{other} and {site.name} were one weight when the recorder was made and "
+                        f"are two now (untied, or an adapter on one of them): {site.name} is "
+                        "recorded.",
+                        stacklevel=4,
+                    )
 
     def _check_baseline(self) -> None:
         """Where a run is resumed: whether W_0 is still what it was, also after the loading."""
@@ -329,7 +345,7 @@ class Recorder:
         if self._is_lost:
             return
         with self._sparing_training("measuring", "the step is left out of the table"):
-            self.record()
+            self._record(spare=True)
         self._recording.troubles.tell(7)
 
     def _sparing_training(self, kind: str, so: str) -> AbstractContextManager[None]:
@@ -338,14 +354,21 @@ class Recorder:
     def record(self) -> None:
         """Take the rows of the present step now, whatever the schedule says.
 
-        Does nothing if they are taken already: a step has one row per site.
+        Does nothing if they are taken already: a step has one row per site. While an optimizer is
+        watched, failures are warned of, as at every recorded step; otherwise they are raised.
         """
+        if self.is_attached:
+            self._record_in_training()
+        else:
+            self._record(spare=False)
+
+    def _record(self, *, spare: bool) -> None:
         if self.last_recorded == self.step:
             return
         self._watch.look_again()
         if self._baseline.is_sharded:
             expose(self._model)
-        self._recording.record(self.step, self._watch.total_decay)
+        self._recording.record(self.step, self._watch.total_decay, spare=spare)
 
     def _before_step(self) -> None:
         with self._sparing_training("baseline", "W_0 is lost, and nothing more is recorded"):

@@ -42,6 +42,8 @@ class RunInfo:
         axis: which axis the units are; never mix runs of different axes.
         targets: what selected the sites.
         sites: paths of the modules that are followed.
+        also_known_as: other names of some of these sites: of tied weights, and of a module that is
+            used in several places.
         baseline: what W_0 is and where it came from.
         model: class of the model, and its name or path where it knows one.
         seed: the seed the user gave, if any.
@@ -63,6 +65,7 @@ class RunInfo:
     seed: int | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     keep: list[str] = field(default_factory=list)
+    also_known_as: dict[str, list[str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=provenance.versions)
     machine: str = field(default_factory=provenance.machine)
     created: str = field(default_factory=provenance.now)
@@ -80,6 +83,7 @@ _JSON_KINDS: Final[dict[str, type | tuple[type, ...]]] = {
     "seed": (int, type(None)),
     "hyperparameters": dict,
     "keep": list,
+    "also_known_as": dict,
     "versions": dict,
     "machine": str,
     "created": str,
@@ -87,6 +91,8 @@ _JSON_KINDS: Final[dict[str, type | tuple[type, ...]]] = {
 """What each entry of `run.json` can be."""
 _OF_TEXT: Final = ("targets", "sites", "keep")
 """The entries that are lists of text."""
+_ADDED: Final[dict[str, Any]] = {"also_known_as": {}}
+"""What entries are that older runs lack."""
 
 
 def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
@@ -207,6 +213,8 @@ def read_info(path: StrPath) -> RunInfo:
             "with the dora_dynamics that wrote it."
         )
     names = {f.name for f in fields(RunInfo)}
+    for name, added in _ADDED.items():
+        content.setdefault(name, added)
     missing = sorted(names - content.keys())
     if missing:
         raise RunDirectoryError(f"{file} lacks {', '.join(missing)}.")
@@ -214,10 +222,12 @@ def read_info(path: StrPath) -> RunInfo:
         if not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise _impossible(file, name, content[name])
     for name in _OF_TEXT:
-        if not all(isinstance(element, str) for element in content[name]):
+        if not _is_of_text(content[name]):
             raise _impossible(file, name, content[name])
     if not all(isinstance(version, str) for version in content["versions"].values()):
         raise _impossible(file, "versions", content["versions"])
+    if not all(_is_of_text(others) for others in content["also_known_as"].values()):
+        raise _impossible(file, "also_known_as", content["also_known_as"])
     if not set(content["keep"]) <= set(get_args(Keep)):
         raise _impossible(file, "keep", content["keep"])
     if type(content["schema_version"]) is not int:
@@ -225,6 +235,10 @@ def read_info(path: StrPath) -> RunInfo:
     if content["axis"] not in get_args(Axis):
         raise RunDirectoryError(f"{file} names an unknown axis: {content['axis'][:80]!r}.")
     return RunInfo(**{name: content[name] for name in names})
+
+
+def _is_of_text(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(element, str) for element in value)
 
 
 def _impossible(file: Path, name: str, value: object) -> RunDirectoryError:

@@ -27,6 +27,7 @@ from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
 from dora_dynamics.run_files import checked_path
 from dora_dynamics.sites import Site
 from dora_dynamics.trajectory import to_table, trajectory_row
+from dora_dynamics.unit_summary import unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -171,9 +172,15 @@ def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
         weights = load_weights(path, int(step))
         heads = [None if pd.isna(head) else int(head) for head in recorded["head"]]
         measured = [sites[name, head] for name, head in zip(recorded["site"], heads, strict=True)]
-        summaries = summarize_all(
-            ((site, baselines[site], weights[site.tensor]) for site in measured), axis
+        known = [site for site in measured if site.tensor in weights]
+        found = summarize_all(
+            ((site, baselines[site], weights[site.tensor]) for site in known), axis
         )
+        by_site = dict(zip(known, found, strict=True))
+        summaries = [
+            by_site.get(site) or unmeasured(site.units(baselines[site].shape, axis))
+            for site in measured
+        ]
         rows.extend(
             trajectory_row(
                 site,

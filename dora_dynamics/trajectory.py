@@ -13,10 +13,10 @@ What becomes of unusual weights:
 - Denormal weights, and turns below what fp32 can say: exact, in memory and on disk.
 - Steps that a gradient scaler skips are no steps: not counted, no rows.
 - Another parameter of the same shape in the weight's place: followed, against the same W_0.
-- A weight of another shape, or on the meta device, in training: its steps have no rows, and one
-  warning says so; `strict=True` raises.
-- Tied weights have a row for each selected name, with equal numbers; a module that two parents
-  share has one, under the first name.
+- A weight of another shape, or on the meta device, in training: its own rows are NaN, with all
+  units in `non_finite`, and one warning says why; other rows are as ever; `strict=True` raises.
+- Tied weights, and a module that is used in several places: one row, under the first name that was
+  selected. `run.json` has the others (`also_known_as`), and each of them selects it.
 - Gradient checkpointing, `torch.compile`, a second recorder: the same training, the same rows.
 """
 
@@ -81,7 +81,12 @@ COLUMNS: Final[tuple[Column, ...]] = (
     ),
     Column("total_decay", "number", "Λ = Σ lr·weight_decay so far on what sets the magnitude"),
     Column("zero_units", "integer", "units of zero norm: in ΔM, left out of ΔD"),
-    Column("non_finite", "integer", "units holding NaN or Inf; if any, the measures are NaN"),
+    Column(
+        "non_finite",
+        "integer",
+        "units holding NaN or Inf, all where the weight could not be measured; if any, the "
+        "measures are NaN",
+    ),
 )
 
 COLUMN_NAMES: Final[tuple[str, ...]] = tuple(column.name for column in COLUMNS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,6 +89,12 @@ def finished(sums: FloatArray, counts: Sequence[int]) -> list[UnitSummary]:
         UnitSummary(units=count, **named(_NAMES, column))
         for count, column in zip(counts, numbers.T.tolist(), strict=True)
     ]
+
+
+def unmeasured(units: int) -> UnitSummary:
+    """The summary of a weight that could not be measured: NaN, and of its units none is finite."""
+    numbers: dict[str, Any] = dict.fromkeys(_NAMES, math.nan)
+    return UnitSummary(units=units, **numbers | {"zero_units": 0, "non_finite": units})
 
 
 def summary_of(change: WeightChange) -> UnitSummary:

@@ -7,16 +7,35 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final
 
 from dora_dynamics.checkpoints.errors import CheckpointError
-from dora_dynamics.sites import NoHeadsError, NoSiteMatchesError, UnknownAxisError, select_tensors
+from dora_dynamics.checkpoints.naming import plain_names
+from dora_dynamics.sites import (
+    NoHeadsError,
+    NoSiteMatchesError,
+    UnknownAxisError,
+    once,
+    select_tensors,
+)
+from dora_dynamics.sites.tied import names_in_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dora_dynamics.checkpoints.stored import StoredTensor
+    from dora_dynamics.checkpoints.stored import Contents, StoredTensor
     from dora_dynamics.sites import Granularity, Site
     from dora_dynamics.sites.select import Target
 
 _CONV1D_NAMES: Final = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+
+
+def names_in_contents(contents: Contents) -> list[list[str]]:
+    """The names of each tensor of a checkpoint that has several, by `Site.tensor`.
+
+    Raises:
+        CheckpointError: two names are one without what wrappers put into them.
+    """
+    plain = plain_names(contents.tensors, contents.path)
+    places = {short: contents.tensors[name].place for short, name in plain.items()}
+    return names_in_file(places, contents.metadata, contents.config)
 
 
 def choose_sites(
@@ -27,6 +46,7 @@ def choose_sites(
     granularity: Granularity = "matrix",
     transposed: Sequence[str] = (),
     fan_in_fan_out: bool | None = None,
+    names: Sequence[Sequence[str]] = (),
 ) -> list[Site]:
     """The sites that the targets select among the tensors of a base.
 
@@ -37,6 +57,7 @@ def choose_sites(
         granularity: as in `sites.find_sites`.
         transposed: globs over module paths whose weights are stored (in, out).
         fan_in_fan_out: what an adapter of this base says of its layers, None where none does.
+        names: those of tensors that have several; each is one site.
 
     Raises:
         CheckpointError: a target matches nothing, or how a weight is stored cannot be told.
@@ -48,7 +69,7 @@ def choose_sites(
         found = _model_type(shapes, transposed, fan_in_fan_out)
         config = {**config, **({"model_type": found} if found else {})}
     try:
-        sites = select_tensors(shapes, config, targets, granularity)
+        sites = once(select_tensors(shapes, config, targets, granularity, names))
     except UnknownAxisError as error:
         raise CheckpointError(
             f"{str(error).rstrip('.')}, or say which weights are stored (in, out) with "

@@ -32,6 +32,7 @@ from dora_dynamics.checkpoints.updates import Built, change_of
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
 from dora_dynamics.run_directory import RunInfo
+from dora_dynamics.sites import other_names
 from dora_dynamics.trajectory import to_table, trajectory_row
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ def _info(plan: Plan, run: str, method: str, axis: Axis) -> RunInfo:
         axis=axis,
         targets=[t if isinstance(t, str) else t.pattern for t in plan.targets],
         sites=[site.key for site in plan.sites],
+        also_known_as=other_names(plan.sites),
         baseline=f"the checkpoint {plan.base.path}, as stored",
         model=f"{model} ({hub_name(plan.base.path)})",
         hyperparameters={

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dora_dynamics.checkpoints.catalogue import choose_sites, tensor_name
+from dora_dynamics.checkpoints.catalogue import choose_sites, names_in_contents, tensor_name
 from dora_dynamics.checkpoints.discover import expand, hub_name, locate
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.lora_file import Adapted, read_lora_file
@@ -21,7 +21,7 @@ from dora_dynamics.checkpoints.peft_adapter import named_base, read_peft_adapter
 from dora_dynamics.checkpoints.updates import Built, Replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dora_dynamics.checkpoints.stored import Contents, StoredTensor
     from dora_dynamics.checkpoints.updates import Update
@@ -118,6 +118,7 @@ def make_plan(
         granularity=options.granularity,
         transposed=options.transposed,
         fan_in_fan_out=fan if isinstance(fan, bool) else None,
+        names=names_in_contents(opened_base.contents),
     )
     steps = _steps(paths, options.steps)
     planned = [
@@ -181,8 +182,21 @@ def _read_weights(base: Base, sites: Sequence[Site], contents: Contents) -> Adap
             continue
         mine, other = base.tensors[name], contents.tensors[names[found.pairs[name]]]
         notes += _compare_headers(contents.path, site, mine, other)
+        notes += _untied(contents, site, names, other)
         updates[name] = Replaced(other)
     return Adapted(updates, "FT", found.only_other, list(dict.fromkeys(notes)))
+
+
+def _untied(
+    contents: Contents, site: Site, names: Mapping[str, str], own: StoredTensor
+) -> list[str]:
+    """Other names of a weight of the base under which the checkpoint holds another tensor."""
+    found = [f"{name.partition('[')[0]}.weight" for name in site.also_known_as]
+    return [
+        f"{name} is {site.name} in the base, and here it may be a weight of its own: it is left out"
+        for name in found
+        if name in names and (own.place is None or contents.tensors[names[name]].place != own.place)
+    ]
 
 
 def _compare_headers(path: Path, site: Site, mine: StoredTensor, other: StoredTensor) -> list[str]:

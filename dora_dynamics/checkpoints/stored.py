@@ -26,6 +26,7 @@ class StoredTensor:
         file: the file that holds it.
         blocks: first row and loader of each block of whole rows that it is saved in, in order;
             () where it is saved in one, or otherwise. `load` puts blocks together in memory.
+        place: tells tensors that lie in the same place of the file; None where no others can.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +34,7 @@ class StoredTensor:
     load: Callable[[], Tensor]
     file: Path
     blocks: tuple[tuple[int, Callable[[], Tensor]], ...] = ()
+    place: object = None
 
     @property
     def nbytes(self) -> int:

@@ -62,7 +62,9 @@ def read_torch(path: Path) -> StateDict:
         )
     return StateDict(
         {
-            name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach, path)
+            name: StoredTensor(
+                tuple(tensor.shape), tensor.dtype, tensor.detach, path, place=_place(tensor)
+            )
             for name, tensor in tensors.items()
         },
         step,
@@ -75,6 +77,13 @@ def _tensors(content: Mapping[object, object]) -> dict[str, torch.Tensor]:
         for key, value in content.items()
         if isinstance(key, str) and isinstance(value, torch.Tensor) and _is_plain(value)
     }
+
+
+def _place(tensor: torch.Tensor) -> object:
+    if tensor.numel() == 0:
+        return None
+    storage = tensor.untyped_storage().data_ptr()
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

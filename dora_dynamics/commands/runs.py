@@ -39,6 +39,8 @@ def runs(paths: tuple[str, ...], as_json: bool) -> None:
         say(f"  model     {run['model']}")
         say(f"  baseline  {run['baseline']}")
         say(f"  weights   {len(run['sites'])} sites, targets {', '.join(run['targets'])}")
+        for site, others in run["also_known_as"].items():
+            say(f"  one       {site} is also {', '.join(others)}")
         say(f"  units     axis {run['axis']}")
         say(f"  steps     {span}, {run['rows']} rows")
         say(f"  recorded  {run['created']}, {run['machine']}")

@@ -11,7 +11,7 @@ import click
 from dora_dynamics.commands.targets import parse_targets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from dora_dynamics.sites import Site
@@ -52,9 +52,13 @@ def sites(model: str, targets: str | None, granularity: Any, show_all: bool, as_
     if as_json:
         click.echo(json.dumps(described, indent=2, ensure_ascii=False))
     elif show_all:
-        _print_table(described, ["site", "head", "stack", "layer", "role", "units", "unit"])
+        columns = ["site", "head", "stack", "layer", "role", "units", "unit", "also known as"]
+        _print_table([line | {"also known as": _others(line)} for line in described], columns)
     else:
         _print_table(_by_role(described), list(_by_role(described)[0]))
+        for line in described:
+            if line["also_known_as"]:
+                click.echo(f"{line['site']} is also {_others(line)}.")
 
 
 def _find(
@@ -63,19 +67,21 @@ def _find(
     """The selected sites, and the shape of each tensor by `Site.tensor`."""
     from dora_dynamics.checkpoints.discover import locate
     from dora_dynamics.sites.catalogue import describe_weight, expand
-    from dora_dynamics.sites.models import list_weights
+    from dora_dynamics.sites.models import list_weights, tensor_names
     from dora_dynamics.sites.select import select
+    from dora_dynamics.sites.tied import once, with_names
 
     path = locate(model)
     built = _build(path) if _has_only_a_config(path) else None
     if built is not None:
-        weights = list(list_weights(built))
+        weights = with_names(list_weights(built), tensor_names(built))
         shapes = {
             site.tensor: tuple(getattr(built.get_submodule(site.module), site.parameter).shape)
             for weight in weights
             for site in weight.wholes
         }
     else:
+        from dora_dynamics.checkpoints.catalogue import names_in_contents
         from dora_dynamics.checkpoints.opening import open_checkpoint
 
         contents = open_checkpoint(path)
@@ -85,9 +91,11 @@ def _find(
             if weight is not None:
                 weights.append(weight)
                 shapes[weight.wholes[0].tensor] = tuple(tensor.shape)
+        weights = with_names(weights, names_in_contents(contents))
     if targets is None:
-        return [site for weight in weights for site in expand(weight, granularity)], shapes
-    return select(weights, targets, granularity), shapes
+        every = [site for weight in weights for site in expand(weight, granularity)]
+        return once(every), shapes
+    return once(select(weights, targets, granularity)), shapes
 
 
 def _has_only_a_config(path: Path) -> bool:
@@ -131,6 +139,7 @@ def _describe(site: Site, shape: tuple[int, ...]) -> dict[str, Any]:
         "unit": _UNIT[site.kind, site.stored_transposed],
         "stored_transposed": site.stored_transposed,
         "rows": site.rows,
+        "also_known_as": list(site.also_known_as),
     }
 
 
@@ -141,6 +150,10 @@ _UNIT = {
     ("filters", False): "filter",
     ("vector", False): "the whole vector",
 }
+
+
+def _others(line: Mapping[str, Any]) -> str:
+    return ", ".join(line["also_known_as"])
 
 
 def _rows_and_features(site: Site, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from dora_dynamics._arrays import is_sharded
 from dora_dynamics._precision import full_precision
-from dora_dynamics.measurement import Measurement, checks_of
+from dora_dynamics.measurement import Measured, Measurement, checks_of
 from dora_dynamics.recording.backlog import Backlog
 from dora_dynamics.recording.rows import RecordedRows
 from dora_dynamics.recording.step import RecordedStep
@@ -17,6 +18,7 @@ from dora_dynamics.recording.troubles import Troubles, in_words
 from dora_dynamics.sharded import Adapted, ShardingError
 from dora_dynamics.sharded.collectives import by_main_process
 from dora_dynamics.snapshots import has_baseline
+from dora_dynamics.unit_summary import unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from dora_dynamics.baseline import Baselines
     from dora_dynamics.effective import Check, EffectiveWeight
-    from dora_dynamics.measurement import Measured, Triple
+    from dora_dynamics.measurement import Triple
     from dora_dynamics.resume import Progress
     from dora_dynamics.run_directory import RunInfo
     from dora_dynamics.sites import Site
@@ -156,9 +158,20 @@ class Recording:
             message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
             self.troubles.note(kind, message, error)
 
-    def record(self, step: int, total_decay: Mapping[str, float]) -> None:
-        """Measure the weights as they are at this step; on a GPU, begin to."""
-        finish, effective = self._queue()
+    def record(self, step: int, total_decay: Mapping[str, float], *, spare: bool) -> None:
+        """Measure the weights as they are at this step; on a GPU, begin to.
+
+        Args:
+            step: the step.
+            total_decay: Λ up to this step, by tensor.
+            spare: give a weight that cannot be measured rows of NaN and take note of it, where
+                failures are not fatal, rather than raise.
+        """
+        finish, effective, failed = self._queue(spare=spare and not self.troubles.are_fatal)
+        if failed:
+            self._note_unmeasured(step, failed)
+        else:
+            self.troubles.is_over("unmeasured")
         keeps_baseline = "weights" in self.keep and not has_baseline(self.rows.directory)
         recorded = RecordedStep(
             step=step,
@@ -176,7 +189,19 @@ class Recording:
         else:
             self._store(recorded)
 
-    def _queue(self) -> tuple[Callable[[], list[Measured]], dict[str, EffectiveWeight]]:
+    def _note_unmeasured(self, step: int, failed: Mapping[str, Exception]) -> None:
+        (name, error), *others = failed.items()
+        more = f", nor can {len(others)} more" if others else ""
+        self.troubles.note(
+            "unmeasured",
+            f"at step {step} the weight of {name} cannot be measured ({in_words(error)}){more}: "
+            "its rows are NaN as long as that lasts; the other weights are recorded.",
+            error,
+        )
+
+    def _queue(
+        self, *, spare: bool
+    ) -> tuple[Callable[[], list[Measured]], dict[str, EffectiveWeight], Mapping[str, Exception]]:
         """Start to measure the change at every site; what is measured comes in one transfer.
 
         Where weights come with checks, these come in the same transfer and are waited for: what
@@ -184,35 +209,57 @@ class Recording:
         again.
 
         Returns:
-            What waits for the changes, and the effective weights by `Site.tensor` where they are
-            kept.
+            What waits for the changes, and by `Site.tensor` the effective weights where they are
+            kept and, with `spare`, why some were not measured.
 
         Raises:
             NoDenseWeightError: a module applies no one weight.
         """
         with full_precision(self._baseline.device_types):
             while True:
-                measurement, added, effective = self._begun()
+                measurement, added, effective, failed = self._begun(spare=spare)
                 wrong = measurement.failed_checks()
-                if not wrong:
-                    break
+                to_probe: set[str] = set()
                 for check in wrong:
-                    if not check.by_probing:
+                    tensors = {site.tensor for site, checks in added if check in checks}
+                    if check.by_probing:
+                        to_probe |= tensors
+                    elif spare:
+                        failed |= dict.fromkeys(tensors, check.otherwise)
+                    else:
                         raise check.otherwise
-                found = {site.tensor for site, checks in added if not set(wrong).isdisjoint(checks)}
-                self._baseline.probe(found)
+                if not to_probe:
+                    break
+                self._baseline.probe(to_probe)
+        for name in failed:
+            effective.pop(name, None)
 
         def finish() -> list[Measured]:
             sites = (site for site, _ in added)
             changes = dict(zip(sites, measurement.finish(), strict=True))
-            return [changes[site] for site in self._sites]
+            return [
+                self._unmeasured(site) if site.tensor in failed else changes[site]
+                for site in self._sites
+            ]
 
-        return finish, effective
+        return finish, effective, failed
+
+    def _unmeasured(self, site: Site) -> Measured:
+        shape = self._baseline.weights[site.tensor].shape
+        return Measured(unmeasured(site.units(shape, self.info.axis)), None)
 
     def _begun(
-        self,
-    ) -> tuple[Measurement, list[tuple[Site, tuple[Check, ...]]], dict[str, EffectiveWeight]]:
+        self, *, spare: bool
+    ) -> tuple[
+        Measurement,
+        list[tuple[Site, tuple[Check, ...]]],
+        dict[str, EffectiveWeight],
+        dict[str, Exception],
+    ]:
         """A started measurement, its sites with their checks, and the weights that are kept.
+
+        With `spare` also what failed, by tensor; but where processes measure together, that is
+        raised: none of them can leave a weight out alone.
 
         All weights are measured together, but for those that must be copied or computed first:
         of these, so many that they take `_AT_A_TIME` bytes, or one that takes more.
@@ -225,17 +272,37 @@ class Recording:
         together: list[Triple] = []
         apart: list[Triple] = []
         passing = 0
+        failed: dict[str, Exception] = {}
+        spare = spare and not self._baseline.is_sharded
         measurement = Measurement(self.info.axis, keep_units="units" in self.keep)
+
+        def add_these(triples: Sequence[Triple]) -> None:
+            measurement.add(triples)
+            added.extend((site, checks_of(effective)) for site, _, effective in triples)
 
         def add() -> None:
             nonlocal passing
-            added.extend((site, checks_of(effective)) for site, _, effective in together)
-            measurement.add(together)
+            try:
+                add_these(together)
+            except Exception:
+                if not spare:
+                    raise
+                for name, its_own in groupby(together, key=lambda triple: triple[0].tensor):
+                    try:
+                        add_these(list(its_own))
+                    except Exception as error:
+                        failed[name] = error
             together.clear()
             passing = 0
 
         for name, its_sites in by_tensor.items():
-            weight, effective = self._baseline.pair(name)
+            try:
+                weight, effective = self._baseline.pair(name)
+            except Exception as error:
+                if not spare:
+                    raise
+                failed[name] = error
+                continue
             if is_sharded(weight):
                 apart.extend((site, weight, effective) for site in its_sites)
                 continue
@@ -253,7 +320,7 @@ class Recording:
             together.extend(apart)
             add()
         measurement.start()
-        return measurement, added, kept
+        return measurement, added, kept, failed
 
     def _store_beside_training(self, recorded: RecordedStep) -> None:
         so = f"step {recorded.step} is left out of the table"

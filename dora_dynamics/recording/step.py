@@ -75,4 +75,4 @@ class RecordedStep:
             snapshots.save_units(directory, self.step, units)
 
     def _by_site(self, tensors: Mapping[str, T]) -> dict[Site, T]:
-        return {site: tensors[site.tensor] for site in self.sites}
+        return {site: tensors[site.tensor] for site in self.sites if site.tensor in tensors}

@@ -25,7 +25,6 @@ from dora_dynamics.sharded.holding import (
     Block,
     ShardingError,
     blocks,
-    extent,
     held,
     same_place,
 )
@@ -212,7 +211,7 @@ def _turned_norms(
         factors = _factors(weight)
         if factors is None or factors.magnitude is None or not _is_built(weight, axis):
             continue
-        rows, columns = extent(weight.site, weight.before.shape)
+        rows, columns = weight.site.extent(weight.before.shape)
         squares, count = np.zeros(rows), 0
         for block in blocks(weight.site, _base(weight)):
             own = replace(_own_factors(block, factors, whole), magnitude=None)
@@ -304,7 +303,7 @@ def _dense_blocks(weight: Weight) -> list[Block]:
 
 
 def _share(weight: Weight, own: list[Block], sums: list[UnitSums], axis: Axis) -> _Share:
-    rows, columns = extent(weight.site, weight.before.shape)
+    rows, columns = weight.site.extent(weight.before.shape)
     pieces: list[tuple[Units, UnitSums]] = []
     split = False
     for block, block_sums in zip(own, sums, strict=True):

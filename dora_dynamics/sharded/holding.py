@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from dora_dynamics._arrays import is_sharded
 from dora_dynamics.errors import InputError
@@ -72,12 +71,6 @@ def held(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     sharded: Any = tensor.detach()
     (chunk,) = sharded.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
     return sharded.to_local().detach(), tuple(chunk.offsets)
-
-
-def extent(site: Site, shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a site in a tensor of this shape."""
-    rows, columns = site.oriented(torch.empty(tuple(shape), device="meta")).shape
-    return rows, columns
 
 
 def blocks(site: Site, tensor: Tensor) -> list[Block]:

@@ -79,9 +79,7 @@ class Weight:
         if set(by_role) <= {self.role}:
             return ()
         return tuple(
-            replace(
-                whole, name=f"{whole.name}[{_bare(role)}]", role=role, rows=merged(by_role[role])
-            )
+            replace(whole.part(_bare(role)), role=role, rows=merged(by_role[role]))
             for whole in self.wholes
             for role in by_role
         )
@@ -96,8 +94,7 @@ class Weight:
         fused = whole and bool(self.parts)
         return tuple(
             replace(
-                site,
-                name=f"{site.name}[{_bare(role)}]" if fused else site.name,
+                site.part(_bare(role)) if fused else site,
                 role=role,
                 rows=merged(blocks),
                 head=head,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -24,6 +25,9 @@ _KEY_VALUE_HEADS: Final = ("num_key_value_heads", "num_kv_heads")
 
 CODES: Final = frozenset({"qweight", "W_q"})
 """Names that the codes of a packed linear layer go by: of GPTQ and AWQ, and of HQQ."""
+
+_BELOW: Final = frozenset({"base_layer", "original_module"})
+"""Names of what PEFT puts an adapter on."""
 
 _linear_classes: list[type[nn.Module]] = []
 
@@ -54,6 +58,38 @@ def list_weights(model: nn.Module) -> Iterator[Weight]:
         if inner is not module or isinstance(module, tuple(_linear_classes)):
             covered.append(f"{path}." if path else "")
         yield from _weights_of(model, path, module, inner, configs[path])
+
+
+def tensor_names(model: nn.Module) -> list[list[str]]:
+    """The names of each tensor that has several, as `Site.tensor` has them, in the model's order.
+
+    Weights are tied where modules hold one and the same parameter; a module that is used in
+    several places has all their names. Where an adapter stands on a tied weight, what the module
+    applies is its own, and so are its names.
+    """
+    found: dict[object, dict[str, None]] = defaultdict(dict)
+    for path, module in _all_places(model):
+        if _is_parametrization(path) or not _BELOW.isdisjoint(path.split(".")):
+            continue
+        inner, clean = _adapted(module), _clean(model, path)
+        parametrized: Any = getattr(inner, "parametrizations", None) or ()
+        for name in (*inner._parameters, *parametrized):
+            tensor = inner._parameters.get(name)
+            if tensor is None and name not in parametrized:
+                continue
+            is_plain = inner is module and tensor is not None
+            key = id(tensor) if is_plain else (id(module), name)
+            full = clean if name == "weight" else f"{clean}.{name}" if clean else name
+            found[key][full] = None
+    return [list(names) for names in found.values() if len(names) > 1]
+
+
+def _all_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under each of its paths."""
+    try:
+        return list(model.named_modules(remove_duplicate=False))
+    except RecursionError:  # a module that is below itself
+        return list(model.named_modules())
 
 
 def _weights_of(

@@ -14,10 +14,13 @@ from dora_dynamics.sites.catalogue import (
     Weight,
     describe_weight,
 )
-from dora_dynamics.sites.models import list_weights
+from dora_dynamics.sites.models import list_weights, tensor_names
+from dora_dynamics.sites.names import role_of
+from dora_dynamics.sites.tied import with_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from torch import nn
 
@@ -46,7 +49,9 @@ def find_sites(
             expression searched in the path. A weight is selected if any of them matches. A
             target that fits a linear layer selects linear layers only; embeddings,
             convolutions, norms ("norm") and biases ("query_bias", "*.bias") are selected by
-            targets that fit no linear layer.
+            targets that fit no linear layer. A module that is used in several places is selected
+            by any of its paths. Tied weights are a site for each module that has them; `tied.once`
+            leaves one.
         granularity: "module" gives linear layers whole, as an adapter is put on them. "matrix"
             also knows the parts of fused weights (the target "query" finds the query rows of
             GPT-2's c_attn, while "c_attn" finds the whole), the experts stored in one tensor,
@@ -62,7 +67,7 @@ def find_sites(
     """
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity must be 'matrix' or 'head', not {granularity!r}.")
-    weights = list(list_weights(model))
+    weights = with_names(list_weights(model), tensor_names(model))
     if granularity == "module":
         weights = [Weight((as_module,)) for weight in weights if (as_module := _as_module(weight))]
     return select(weights, targets, granularity)
@@ -73,15 +78,19 @@ def select_tensors(
     config: Mapping[str, Any] | None,
     targets: Sequence[Target],
     granularity: Granularity = "matrix",
+    names: Sequence[Sequence[str]] = (),
 ) -> list[Site]:
     """As `find_sites`, for the tensors of a file: their names and shapes, and `config.json`.
+
+    `names` are those of tensors that have several, as `tied.names_in_file` finds them.
 
     Raises:
         UnknownAxisError: a tensor's axis depends on the model and `config` does not say which.
         TypeError, NoSiteMatchesError, NoHeadsError: as in `find_sites`.
     """
     found = (describe_weight(name, shape, config) for name, shape in shapes.items())
-    return select([weight for weight in found if weight is not None], targets, granularity)
+    weights = with_names((weight for weight in found if weight is not None), names)
+    return select(weights, targets, granularity)
 
 
 def select(
@@ -94,9 +103,10 @@ def select(
         raise NoSiteMatchesError(f"targets is empty. {_list_available(weights)}")
     matrices = [weight for weight in weights if weight.kind == "matrix"]
     others = [weight for weight in weights if weight.kind != "matrix"]
+    listed = {whole.tensor for weight in weights for whole in weight.wholes}
     chosen: set[Site] = set()
     for target in targets:
-        matched = _matching(matrices, target) or _matching(others, target)
+        matched = _matching(matrices, target, listed) or _matching(others, target, listed)
         if not matched:
             shown = target.pattern if isinstance(target, re.Pattern) else target
             raise NoSiteMatchesError(
@@ -144,13 +154,27 @@ def _has_heads(role: str) -> bool:
     return role.removeprefix("cross_") in ("query", "key", "value", "query_key_value")
 
 
-def _matching(weights: Iterable[Weight], target: Target) -> list[Site]:
+def _matching(weights: Iterable[Weight], target: Target, listed: AbstractSet[str]) -> list[Site]:
+    """The sites that match by their own names, or by others that no weight of the list has."""
     return [
         site
         for weight in weights
         for site in (*weight.wholes, *weight.parts)
         if _matches(site, target)
+        or any(
+            _matches(_renamed(site, name), target)
+            for name in site.also_known_as
+            if name.partition("[")[0] not in listed
+        )
     ]
+
+
+def _renamed(site: Site, name: str) -> Site:
+    """The site as it would be under another of its names."""
+    tensor = name.partition("[")[0]
+    module = tensor if site.parameter == "weight" else tensor.removesuffix(f".{site.parameter}")
+    whole = site.rows is None and site.kind in ("matrix", "embedding")
+    return replace(site, name=name, module=module, role=role_of(tensor) if whole else site.role)
 
 
 def _matches(site: Site, target: Target) -> bool:

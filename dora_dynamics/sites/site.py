@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+    from dora_dynamics.decomposition import Axis
 
 Kind = Literal["matrix", "vector", "embedding", "filters"]
 Rows = tuple[tuple[int, int], ...]
@@ -42,6 +46,8 @@ class Site:
         expert: which entry of a tensor that holds all experts of a layer, None otherwise.
         rows: half-open ranges of output features that belong to the site; None for all of them.
         head: attention head, where the site is one head.
+        also_known_as: other names of this very site: of tied weights, and of a module that is used
+            in several places.
     """
 
     name: str
@@ -55,6 +61,7 @@ class Site:
     expert: int | None = None
     rows: Rows | None = None
     head: int | None = None
+    also_known_as: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.module:
@@ -62,6 +69,7 @@ class Site:
         if self.rows is not None:  # lists, where the site was read from JSON
             ranges = tuple((int(start), int(stop)) for start, stop in self.rows)
             object.__setattr__(self, "rows", ranges)
+        object.__setattr__(self, "also_known_as", tuple(self.also_known_as))
 
     @property
     def tensor(self) -> str:
@@ -73,6 +81,14 @@ class Site:
         """A name for this very site: its `name`, and its head behind a colon where it has one."""
         return self.name if self.head is None else f"{self.name}:{self.head}"
 
+    def part(self, name: str) -> Site:
+        """The site under the names of a part of it."""
+        return replace(
+            self,
+            name=f"{self.name}[{name}]",
+            also_known_as=tuple(f"{other}[{name}]" for other in self.also_known_as),
+        )
+
     def matrix(self, weight: Tensor) -> Tensor:
         """A view, in the orientation (out, in), of the matrix this site is or is a part of."""
         if self.expert is not None:
@@ -82,6 +98,17 @@ class Site:
         if self.kind == "filters":
             return weight.flatten(1)
         return weight.T if self.stored_transposed else weight
+
+    def extent(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the site in a tensor of this shape."""
+        import torch
+
+        rows, columns = self.oriented(torch.empty(tuple(shape), device="meta")).shape
+        return rows, columns
+
+    def units(self, shape: Sequence[int], axis: Axis) -> int:
+        """How many units the site has in a tensor of this shape."""
+        return self.extent(shape)[axis == "input"]
 
     def select(self, units: Tensor) -> Tensor:
         """The site's own entries of a tensor with one entry per output feature of the matrix.

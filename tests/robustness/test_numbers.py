@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from torch import nn
 import dora_dynamics as dd
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from collections.abc import Callable
 
 MEASURES = ["delta_magnitude", "delta_direction", "update_norm"]
 
@@ -158,31 +160,78 @@ def test_a_parameter_put_in_the_weights_place_is_followed() -> None:
     assert last(table)["delta_direction"] == pytest.approx(expected.delta_direction, rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(6, 7), (5, 8), (4, 7)])
-def test_a_weight_of_another_shape_costs_its_steps_and_one_warning(
-    shape: tuple[int, int],
+UNMEASURED: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "more rows": (lambda: torch.randn(6, 7), r"has the shape \(6, 7\) now"),
+    "fewer rows": (lambda: torch.randn(4, 7), r"has the shape \(4, 7\) now"),
+    "more columns": (lambda: torch.randn(5, 8), r"has the shape \(5, 8\) now"),
+    "no values": (lambda: torch.empty(5, 7, device="meta"), "is on the meta device"),
+    "no numbers": (lambda: torch.zeros(5, 7, dtype=torch.int32), "floating"),
+}
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("case", UNMEASURED)
+def test_a_weight_that_cannot_be_measured_costs_its_own_rows_and_one_warning(
+    case: str, axis: Any, tmp_path: Any
 ) -> None:
-    def resize() -> None:
-        model["query"].weight = nn.Parameter(torch.randn(shape))
+    make, reason = UNMEASURED[case]
+    right = nn.Parameter(torch.randn(5, 7))
+
+    def put(weight: nn.Parameter) -> None:
+        model["query"].weight = weight
+
+    def spoil() -> None:
+        put(nn.Parameter(make(), requires_grad=False))
+
+    def grow() -> None:
+        model["value"].weight.mul_(1.5)
 
     model = model_of()
-    table, said = recorded(model, lambda: None, resize, lambda: None)
-    assert sorted(table["step"].unique()) == [0, 1]
+    kept = {"keep": ["units", "weights"], "run_dir": tmp_path / "r"}
+    events = (lambda: put(right), spoil, grow, lambda: put(right))
+    table, said = recorded(model, *events, axis=axis, **kept)
     assert len(said) == 1
-    assert said[0].startswith("at step 2 the recorder failed (")
+    assert re.match(f"at step 2 the weight of query cannot be measured .*{reason}", said[0])
+    assert said[0].endswith(
+        "its rows are NaN as long as that lasts; the other weights are recorded."
+    )
+    query, value = (table[table["site"] == site] for site in ("query", "value"))
+    assert query["step"].tolist() == value["step"].tolist() == [0, 1, 2, 3, 4]
+    assert (query["units"] == {"output": 5, "input": 7}[axis]).all()
+    assert query["non_finite"].tolist() == [0, 0, *[query["units"].iloc[0]] * 2, 0]
+    for name in MEASURES:
+        assert query[name].isna().tolist() == [False, False, True, True, False]
+        assert query[name].iloc[4] == query[name].iloc[1]
+        assert value[name].notna().all()
+    assert value["delta_magnitude"].tolist()[2:] != [0, 0, 0]
+    pd.testing.assert_frame_equal(dd.load_runs(tmp_path / "r"), table.assign(run="r"))
+    pd.testing.assert_frame_equal(dd.remeasure(tmp_path / "r"), table.assign(run="r"))
+    assert [len(dd.load_units(tmp_path / "r", step)) for step in range(5)] == [2, 2, 1, 1, 2]
     model = model_of()
-    with pytest.raises(ValueError, match="shape"):
-        recorded(model, resize, strict=True)
+    with pytest.raises((ValueError, TypeError), match=reason):
+        recorded(model, spoil, strict=True)
 
 
-def test_a_weight_that_lost_its_memory_costs_its_steps_and_one_warning() -> None:
-    def to_meta() -> None:
-        model["query"].weight = nn.Parameter(torch.empty(5, 7, device="meta"))
-
+def test_all_weights_may_be_unmeasured_and_it_is_told_again_when_it_comes_back() -> None:
     model = model_of()
-    table, said = recorded(model, to_meta, lambda: None)
-    assert sorted(table["step"].unique()) == [0]
-    assert len(said) == 1
+    before = {name: model[name].weight for name in model}
+
+    def spoil() -> None:
+        for name in model:
+            model[name].weight = nn.Parameter(torch.empty(5, 7, device="meta"))
+
+    def mend() -> None:
+        for name in model:
+            model[name].weight = before[name]
+
+    table, said = recorded(model, spoil, mend, spoil)
+    assert len(said) == 2
+    assert all("cannot be measured" in message and "nor can 1 more" in message for message in said)
+    assert table["delta_direction"].isna().tolist() == [False, False, True, True] * 2
+    recorder = dd.Recorder(model_of(), ["query"])
+    recorder._model["query"].weight = nn.Parameter(torch.empty(5, 7, device="meta"))  # type: ignore[index]
+    with pytest.raises(ValueError, match="meta device"):  # asked for by hand, it is told at once
+        recorder.record()
 
 
 def test_steps_that_a_gradient_scaler_skips_are_none() -> None:
@@ -232,28 +281,3 @@ def test_gradient_checkpointing_and_compile_change_nothing() -> None:
     assert losses[0] == losses[1] == losses[2]
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
-
-
-def test_tied_weights_have_a_row_for_each_name_and_shared_modules_one() -> None:
-    shared = nn.Linear(5, 5)
-    model: Any = nn.ModuleDict(
-        {
-            "embed": nn.Embedding(7, 5),
-            "query": shared,
-            "again": nn.ModuleDict({"query": shared}),
-            "head": nn.Linear(5, 7, bias=False),
-        }
-    )
-    model["head"].weight = model["embed"].weight
-    before = model["embed"].weight.detach().clone()
-    recorder = dd.Recorder(model, ["embed", "head", "query"], every=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with recorder.attach(optimizer):
-        loss = model["head"](model["query"](model["embed"](torch.arange(7)))).square().sum()
-        torch.autograd.backward(loss)
-        optimizer.step()
-    table = recorder.trajectory.query("step == 1")
-    assert sorted(table["site"]) == ["embed", "head", "query"]
-    expected = dd.weight_change(before, model["embed"].weight.detach()).delta_direction
-    assert last(table, "embed")["delta_direction"] == pytest.approx(expected, rel=1e-6)
-    assert last(table, "head")["delta_direction"] == last(table, "embed")["delta_direction"]

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from dora_dynamics.sites import NoHeadsError, Site, find_sites, list_weights, select_tensors
+from dora_dynamics.sites import (
+    NoHeadsError,
+    Site,
+    find_sites,
+    list_weights,
+    select_tensors,
+    tensor_names,
+)
 
 pytest.importorskip("transformers")
 from tests.sites.architectures import ARCHITECTURES, Architecture
@@ -125,13 +132,13 @@ def test_a_file_of_the_model_says_the_same(architecture: tuple[Architecture, nn.
     if config is None:
         pytest.skip("a hand-made module has no configuration")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    targets = [re.compile("")]
+    targets, names = [re.compile("")], tensor_names(model)
     for granularity in ("matrix", "head"):
         try:
             live = find_sites(model, targets, granularity)
         except NoHeadsError:
             with pytest.raises(NoHeadsError):
-                select_tensors(shapes, config.to_dict(), targets, granularity)
+                select_tensors(shapes, config.to_dict(), targets, granularity, names)
             continue
-        stored_sites = select_tensors(shapes, config.to_dict(), targets, granularity)
+        stored_sites = select_tensors(shapes, config.to_dict(), targets, granularity, names)
         assert set(live) == set(stored_sites)
