@@ -2,68 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import CliRunner
 from scipy import stats
-from torch import nn
 
 import dora_dynamics as dd
-from analyses import diagnosis_simulation, reference_runs
 from analyses.diagnosis_simulation import RIGHT
 from analyses.synthetic_runs import KINDS, Design, Kind, pretrained, study
-from dora_dynamics.cli import main
-from dora_dynamics.diagnosis.effective_rank import change_of, effective_rank, load_with_rank
-from dora_dynamics.diagnosis.inference import Inference, holm, infer, replicate
+from dora_dynamics.diagnosis.effective_rank import change_of, effective_rank
 from dora_dynamics.diagnosis.measures import BY_NAME, row_measures
-from dora_dynamics.diagnosis.readings import INDEX, Readings
-from dora_dynamics.diagnosis.references import recorded_runs
-from dora_dynamics.diagnosis.rules import Placement, decide
 from dora_dynamics.effective import Dense, LowRank
 from dora_dynamics.errors import InputError
 from dora_dynamics.sites import Site
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-diagnose = partial(dd.diagnose, resamples=200)
-
-DESIGNS: dict[Kind, Design] = {
-    "turning": Design("turning", 0.1),
-    "own magnitude": Design("own magnitude", 0.05, own=1.5),
-    "decay": Design("decay", 0.01, total_decay=0.05),
-    "noise": Design("noise", 0.003),
-}
-
-
-@pytest.fixture(scope="module")
-def tables() -> dict[Kind, pd.DataFrame]:
-    """Four runs of each kind, from one set of pre-trained weights in six layers."""
-    rng = np.random.default_rng(7)
-    weights = pretrained(6, rng)
-    return {kind: study(DESIGNS[kind], weights, 4, rng, kind) for kind in KINDS}
-
-
-def runs_of(table: pd.DataFrame, *numbers: int, method: str | None = None) -> pd.DataFrame:
-    chosen = table[table["run"].str[-1].isin([str(number) for number in numbers])]
-    return chosen if method is None else chosen.assign(method=method)
-
-
-@pytest.fixture(scope="module")
-def references(tables: dict[Kind, pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(
-        [
-            runs_of(tables["turning"], 2, 3, method="LoRA"),
-            runs_of(tables["own magnitude"], 2, 3, method="FT"),
-        ]
-    )
+from tests.diagnosis.kinds import diagnose, runs_of
 
 
 class TestVerdict:
@@ -254,189 +209,6 @@ class TestEvidence:
         torch.testing.assert_close(change_of(site, W, LowRank(A, B, 0.5)), turned - W.double())
 
 
-class TestInference:
-    def test_a_mean_over_layers_is_the_t_test(self, tables: dict[Kind, pd.DataFrame]) -> None:
-        table = runs_of(tables["noise"], 0)
-        k = INDEX["signed ΔM / ΔM"]
-        found = replicate({"own": Readings.of(table)}, True, 4000, np.random.default_rng(0))
-        read = infer(lambda estimates: estimates[0], [found["own"]])
-        share = table["signed_delta_magnitude"] / table["delta_magnitude"]
-        layers = share.groupby(table["layer"]).mean()
-        expected = stats.ttest_1samp(layers, 0.0)
-        assert read.freedom[k] == pytest.approx(5)
-        assert read.error[k] >= stats.sem(layers) * (1 - 1e-9)
-        assert read.error[k] == pytest.approx(stats.sem(layers), rel=0.15)
-        p = 2 * min(read.above(0.0)[k], read.below(0.0)[k])
-        assert p == pytest.approx(expected.pvalue, rel=0.3)
-
-    def test_a_margin_makes_a_test_stricter(self) -> None:
-        read = Inference(np.array([0.5]), np.array([0.2]), np.array([5.0]))
-        two_sided = 2 * stats.t.sf(2.5, 5)
-        assert read.beyond(0.0)[0] == pytest.approx(two_sided)
-        assert read.beyond(0.1)[0] == pytest.approx(stats.t.sf(2.0, 5) + stats.t.sf(3.0, 5))
-
-    def test_holm_against_its_definition(self) -> None:
-        p = np.array([0.01, 0.04, np.nan, 0.03, 0.005])
-        np.testing.assert_allclose(holm(p), [0.03, 0.06, np.nan, 0.06, 0.02])
-
-    def test_shared_layers_cancel_and_runs_are_borrowed(
-        self, tables: dict[Kind, pd.DataFrame]
-    ) -> None:
-        own, other = runs_of(tables["turning"], 0), runs_of(tables["turning"], 1, 2, 3)
-        readings = {"a": Readings.of(own), "b": Readings.of(other)}
-        k = INDEX["turning share"]
-        errors = {}
-        for shared in (True, False):
-            found = replicate(readings, shared, 1000, np.random.default_rng(0))
-            away = infer(lambda e: e[0] - e[1], [found["a"], found["b"]])
-            errors[shared] = away.error[k]
-            assert "runs of a" in found["a"].left_out
-        assert errors[True] < 0.7 * errors[False]
-
-
-class TestDecide:
-    @pytest.mark.parametrize(
-        ("mechanism", "lora", "ft", "interval", "expected"),
-        [
-            ("turning", ("x",), (), (0.9, 1.1), "FT-like"),
-            ("none", (), ("x",), (-0.1, 0.1), "LoRA-like"),
-            ("none", ("x",), ("y",), (0.2, 0.4), "neither"),
-            ("turning", ("x",), ("y",), (0.2, 0.4), "LoRA-like"),
-            ("turning", ("x",), ("y",), (0.4, 0.6), "between"),
-            ("own magnitude", ("x",), ("y",), (0.7, 1.4), "FT-like"),
-            ("own magnitude", ("x",), ("y",), (0.4, 1.4), "neither"),
-            ("own magnitude", (), (), (0.4, 1.4), "FT-like"),
-            ("none", (), (), (0.4, 1.4), "undecided"),
-            ("decay", (), ("x",), (0.0, 0.1), "decay"),
-        ],
-    )
-    def test_table(
-        self,
-        mechanism: str,
-        lora: tuple[str, ...],
-        ft: tuple[str, ...],
-        interval: tuple[float, float],
-        expected: str,
-    ) -> None:
-        placement = Placement(sum(interval) / 2, *interval, {"LoRA": lora, "FT": ft})
-        assert decide(mechanism, placement, lora="LoRA", ft="FT", binding=True) == expected  # type: ignore[arg-type]
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.value = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = x + self.value(torch.tanh(self.query(x)))
-        return result
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seeds of FT, LoRA and DoRA of a small network on disk, with their weights."""
-    folder = tmp_path_factory.mktemp("runs")
-    for decay in (0.0, 20.0):
-        for method in ("FT", "LoRA", "DoRA"):
-            for seed in range(2):
-                torch.manual_seed(0)
-                model = nn.Sequential(*(Block() for _ in range(5)))
-                torch.manual_seed(seed)
-                if method != "FT":
-                    apply = dd.apply_lora if method == "LoRA" else dd.apply_dora
-                    apply(model, ["query", "value"], rank=2)
-                trained = [p for p in model.parameters() if p.requires_grad]
-                optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=decay)
-                recorder = dd.Recorder(
-                    model,
-                    ["query", "value"],
-                    every=3,
-                    run_dir=folder / f"decay{decay:g}" / f"{method}-seed{seed}",
-                    method=method,
-                    seed=seed,
-                    keep="weights",
-                    hyperparameters={"recipe": {"total_decay": 12 * 3e-3 * decay}},
-                )
-                with recorder.attach(optimizer):
-                    for _ in range(12):
-                        x = torch.randn(8, 16)
-                        loss = (model(x) - x.flip(1)).square().mean()
-                        optimizer.zero_grad()
-                        loss.backward()
-                        optimizer.step()
-    return folder
-
-
-def call(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, ["diagnose", *map(str, arguments)])
-    return result.exit_code, result.output
-
-
-class TestCommand:
-    def test_says_what_the_function_says(self, recorded: Path) -> None:
-        runs, against = recorded / "decay0", recorded / "decay0"
-        code, text = call(runs / "DoRA-seed*", "--against", against / "FT*", "--against",
-                          against / "LoRA*")  # fmt: skip
-        assert code == 0, text
-        own = sorted(map(str, runs.glob("DoRA*")))
-        expected = dd.diagnose(own, sorted(map(str, runs.glob("[FL]*"))))
-        assert text == f"{expected}\n"
-        assert expected.table["measure"].eq("effective rank").any()
-
-    def test_json_is_the_whole_diagnosis(self, recorded: Path) -> None:
-        code, text = call(recorded / "decay20", "--method", "FT", "--json")
-        assert code == 0, text
-        found = json.loads(text)
-        assert found["method"] == "FT"
-        assert {"verdict", "confidence", "advice", "statements", "placement"} <= found.keys()
-        assert {row["measure"] for row in found["table"]} >= {"r units", "decay share"}
-        assert {"LoRA", "DoRA"} <= found["table"][0].keys()
-
-    def test_table_and_the_recorded_reference(self, recorded: Path) -> None:
-        code, text = call(recorded / "decay0" / "LoRA-seed0", "--table")
-        assert code == 0, text
-        assert "MiniLM" in text
-        assert "turning share" in text
-        assert call(recorded / "decay0" / "LoRA-seed0", "--alone")[0] == 0
-
-    def test_errors_are_one_line(self, recorded: Path, tmp_path: Path) -> None:
-        code, text = call(recorded / "decay0")
-        assert (code, text.count("\n")) == (2, 1)
-        assert "holds 3 methods (DoRA, FT, LoRA)" in text
-        code, text = call(tmp_path)
-        assert (code, text.count("\n")) == (2, 1)
-        assert call(recorded / "decay0", "--alone", "--against", recorded)[0] == 2
-
-    def test_effective_rank_is_that_of_lora(self, recorded: Path) -> None:
-        table = load_with_rank([recorded / "decay0" / "LoRA-seed0"])
-        at_end = table[table["step"] == 12]["effective_rank"]
-        assert at_end.between(1 / 16, 2 / 16 + 1e-9).all()
-        assert table.loc[table["step"] < 12, "effective_rank"].isna().all()
-
-
-class TestReferenceRuns:
-    def test_are_packaged_from_run_directories(self, recorded: Path, tmp_path: Path) -> None:
-        paths = sorted(map(str, recorded.glob("*/*-seed*")))
-        reference_runs.main([*paths, "--out", str(tmp_path)])
-        table = pd.read_csv(tmp_path / "reference_runs.csv")
-        assert table.groupby(["decays", "method"])["run"].nunique().eq(2).all()
-        assert len(table) == 12 * 10 * 4
-        about = json.loads((tmp_path / "reference_runs.json").read_text())
-        assert len(about["runs"]) == 6
-        assert all(entry["versions"]["torch"] for entry in about["runs"])
-        with pytest.raises(InputError, match="without weight decay of DoRA, FT, LoRA"):
-            reference_runs.main([*[p for p in paths if "decay20" in p], "--out", str(tmp_path)])
-
-    @pytest.mark.parametrize("decays", [True, False])
-    def test_packaged_ones_hold_every_method(self, decays: bool) -> None:
-        table = recorded_runs(decays=decays)
-        assert set(table["method"]) == {"FT", "LoRA", "DoRA"}
-        assert table.groupby("method")["run"].nunique().min() >= 2
-        known = table[table["method"] == "FT"]["total_decay"]
-        assert known.gt(0).all() if decays else known.eq(0).all()
-        assert diagnose(table, method="LoRA", reference=None).verdict == "LoRA-like"
-
-
 def test_the_interval_of_the_mean_change_speaks_of_what_the_verb_says(
     tables: dict[Kind, pd.DataFrame],
 ) -> None:
@@ -532,26 +304,6 @@ def test_columns_of_text_are_refused(tables: dict[Kind, pd.DataFrame]) -> None:
     assert diagnose(rows, reference=None).verdict == "LoRA-like"  # numbers written as text
     with pytest.raises(InputError, match="'delta_magnitude' must hold numbers"):
         diagnose(rows.assign(delta_magnitude="much"), reference=None)
-
-
-def test_simulation_writes_its_table_and_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(diagnosis_simulation, "LAYERS", (6,))
-    diagnosis_simulation.main(["--draws", "1", "--resamples", "100", "--out", str(tmp_path)])
-    table = pd.read_csv(tmp_path / "analyses" / "results" / "diagnosis_simulation.csv")
-    assert len(table) == 4 * 3
-    assert table["right"].mean() > 0.9
-    assert (tmp_path / "figures" / "diagnosis_simulation.svg").exists()
-
-
-def test_designs_are_drawn_in_their_range() -> None:
-    rng = np.random.default_rng(0)
-    for kind in KINDS:
-        designs = [Design.drawn(kind, rng) for _ in range(20)]
-        assert len({design.size for design in designs}) == 20
-        decaying = kind in ("decay", "own magnitude")
-        assert all(decaying or design.total_decay == 0 for design in designs)
 
 
 def test_an_overflowing_row_gives_no_warning(tables: dict[Kind, pd.DataFrame]) -> None:
