@@ -52,10 +52,12 @@ def diagnose(
 
     The own radial share is that of the update along the units' own directions and not by decay. An
     update of no preferred direction puts 1/in of its square there: with more than some 40 inputs,
-    chance does not reach 0.05. Where Λ is not known, decay is not tested, and the last two
-    ask that the weights do not mostly shrink. A statement has the largest p-value of its parts;
-    Holm's correction keeps the probability of any false statement below `error_level`. `decay`
-    comes first, then "LoRA-like" for turning, "FT-like" for the last two.
+    chance does not reach 0.05. With fewer do not trust "own movement" (of units of 16 inputs, and
+    below, noise is called FT-like): the table does not hold how many there are. Where Λ is not
+    known, decay is not tested, and the last two ask that the weights do not mostly shrink. A
+    statement has the largest p-value of its parts; Holm's correction keeps the probability of any
+    false statement below `error_level`. `decay` comes first, then "LoRA-like" for turning,
+    "FT-like" for the last two.
 
     **Against references.** Every measure of the table is compared with that of each reference
     method; a difference counts if it is larger than the measure's margin (`measures.MEASURES`) by

@@ -143,7 +143,7 @@ def gather(
         distinct, _ = _without_copies(usable, seen if key == name else {}, notes)
         if not distinct.empty:
             kept[str(key)] = distinct
-    if name in kept:
+    if binding and name in kept:
         notes.append(f"the reference holds runs of {name!r} too; they are a reference as well.")
     references, compared = _common_roles(own, kept, notes)
     lacking = tuple(_lacking(rows, own))

@@ -124,7 +124,7 @@ def statements(
             "own movement",
             "own magnitude",
             "the magnitude moves on its own: more of the update lies along the units' own "
-            "directions than chance and decay put there",
+            "directions than decay puts there, or chance where units have 40 inputs or more",
             above("own radial share", RADIAL)
             if decay_known
             else _all_of(above("radial share", RADIAL), not_shrinking),

@@ -105,6 +105,8 @@ class TestVerdict:
         assert found.verdict == alone.verdict  # a recipe of others does not decide
         assert any("differ from yours" in note for note in found.warnings)
         assert {"FT", "LoRA", "DoRA"} <= set(found.table.columns)
+        named = diagnose(tables["turning"].assign(method="LoRA"))
+        assert named.warnings == found.warnings
 
 
 class TestNotEnough:

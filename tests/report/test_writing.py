@@ -245,6 +245,17 @@ def test_one_method_is_diagnosed_against_what_is_given(tmp_path: Path) -> None:
     assert "Compared with nothing." in "".join(page.text)
 
 
+@pytest.mark.parametrize(("layers", "folded"), [(100, False), (101, True)])
+def test_the_legend_of_many_layers_is_one_stop_of_the_keyboard(
+    tmp_path: Path, layers: int, folded: bool
+) -> None:
+    run = make_run(tmp_path / "ft", layers=layers, roles=("query",), steps=(0, 1))
+    page = written(tmp_path / "r.html", run)
+    assert ("101 layers" in page.text) == folded
+    boxes = [a for tag, a, _ in page.elements if tag == "input" and a.get("name") == "layer"]
+    assert len(boxes) == layers
+
+
 def test_a_run_without_a_finite_row_is_said_to_have_none(tmp_path: Path) -> None:
     run = make_run(tmp_path / "ft", layers=4, roles=("query",))
     table = pd.read_csv(run / "trajectory.csv")
