@@ -20,8 +20,8 @@ from dora_dynamics.run_directory import RunInfo, append_rows, create_run, write_
 from dora_dynamics.trajectory import to_table
 from dora_dynamics.unit_arithmetic import MEASURES
 from tests.conftest import campaign
+from tests.simulated import simulated
 from tests.test_run_directory import rows
-from tests.test_statistics import simulated
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 SEEDS = st.integers(0, 2**31)
