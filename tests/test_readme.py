@@ -127,3 +127,16 @@ class TestReader:
         if README.exists():
             text = README.read_text(encoding="utf-8")
             assert len(re.findall(r"<!--[ \t]*test\b", text)) == len(_of_readme())
+
+    def test_each_kind_of_loop_has_an_example(self) -> None:
+        text = README.read_text(encoding="utf-8")
+        section = text.partition("## In your training loop\n")[2].partition("\n## ")[0]
+        codes = [example.code for example in examples(section)]
+        for loop in (
+            "recorder.attach(optimizer)",
+            "integrations.transformers import RecorderCallback",
+            "integrations.lightning import RecorderCallback",
+            "accelerator.prepare(",
+            "resume=",
+        ):
+            assert sum(loop in code for code in codes) >= 1, loop

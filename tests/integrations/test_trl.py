@@ -84,7 +84,9 @@ def trainer(folder: Path, callbacks: list[Any], **peft_settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", ["LoRA", "DoRA"])
-def test_sft_with_an_adapter(tmp_path: Path, method: str) -> None:
+def test_sft_with_an_adapter(
+    tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     callback = RecorderCallback(TARGETS, every=2, run_dir=tmp_path / "run")
     recorded = trainer(tmp_path, [callback], use_dora=method == "DoRA")
     recorded.train()
@@ -109,6 +111,7 @@ def test_sft_with_an_adapter(tmp_path: Path, method: str) -> None:
         assert row.delta_magnitude == pytest.approx(change.delta_magnitude, rel=1e-3, abs=1e-7)
         assert row.delta_direction == pytest.approx(change.delta_direction, rel=1e-3)
 
+    assert "dora_dynamics/query/delta_magnitude" in capsys.readouterr().out
     logged = {key for entry in recorded.state.log_history for key in entry}
     assert {f"dora_dynamics/{role}/delta_magnitude" for role in TARGETS} <= logged
     info = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -61,6 +61,30 @@ def test_stack_layer_role_and_axis(architecture: tuple[Architecture, nn.Module])
         assert any(re.fullmatch(pattern, site.name) for site in sites), pattern
 
 
+def test_unet_of_diffusers_itself() -> None:
+    """The names and heads of the stand-in are those of the real one, where diffusers is there."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=4,
+        cross_attention_dim=12, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    chosen = ARCHITECTURES["Stable Diffusion UNet"]
+    sites = [site for site in matrices(model) if ".attn" in site.name or ".ff." in site.name]
+    for site in sites:
+        assert (site.stack, site.role, site.layer) == expected_of(chosen, site.name)
+    for pattern in chosen.linears:
+        assert any(re.fullmatch(pattern, site.name) for site in sites), pattern
+    for site in find_sites(model, ["query"], "head"):
+        attention = model.get_submodule(site.module.rpartition(".")[0])
+        assert site.head is not None
+        assert site.head < attention.heads
+    every = [site.head for site in find_sites(model, ["query"], "head")]
+    heads = [module.heads for name, module in model.named_modules() if name.endswith("attn1")]
+    assert len(every) == sum(heads)
+
+
 def test_every_linear_layer_is_listed(architecture: tuple[Architecture, nn.Module]) -> None:
     _, model = architecture
     listed = {site.module for site in matrices(model)}
