@@ -322,7 +322,7 @@ def assert_applied(case: Case, model: nn.Module, name: str, module: nn.Module) -
         assert len(resolved(module).active_adapters) > 1  # type: ignore[arg-type]
         return
     if expected is not None:
-        torch.testing.assert_close(dense_weight(module).double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(dense_weight(module).double(), expected, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
