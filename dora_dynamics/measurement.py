@@ -96,6 +96,8 @@ def _at_once(weights: Iterable[Triple], axis: Axis, *, keep_units: bool) -> list
     measurement = Measurement(axis, keep_units=keep_units)
     measurement.add(weights)
     measurement.start()
+    for check in measurement.failed_checks():
+        raise check.otherwise
     return measurement.finish()
 
 
@@ -189,11 +191,8 @@ class Measurement:
     def finish(self) -> list[Measured]:
         """Wait, and give the changes in the order in which the sites were added; in any thread.
 
-        Raises:
-            NoDenseWeightError: a check of a weight does not hold.
+        They mean nothing where a check of the weight does not hold (see `failed_checks`).
         """
-        for check in self.failed_checks():
-            raise check.otherwise
         found: dict[int, UnitSummary] = {}
         for order, get in self._columns.values():
             counts = [length(self._sites[i][1]) for i in order]

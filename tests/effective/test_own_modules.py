@@ -241,6 +241,36 @@ def test_an_affine_module_that_stands_alone() -> None:
     assert recorder.trajectory["update_norm"].max() > 0
 
 
+class Growing(nn.Module):
+    """Affine at its start, and less and less so as its gate trains."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base_layer(x)
+        return y * (1 + self.gate * torch.tanh(y))
+
+
+def test_a_module_that_is_affine_no_more_costs_its_own_rows_only() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"query": Growing(nn.Linear(6, 9)), "value": nn.Linear(9, 4)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    recorder = dd.Recorder(model, ["query", "value"], every=1, method="mine")
+    told = pytest.warns(UserWarning, match="query cannot be measured.*Growing is not affine")
+    with told, recorder.attach(optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model["value"](model["query"](torch.randn(5, 6))).square().mean().backward()
+            optimizer.step()
+    rows: Any = recorder.trajectory.set_index(["step", "site"])["delta_magnitude"]
+    assert rows[0, "query"] == 0
+    assert rows[[(1, "query"), (2, "query")]].isna().all()
+    assert rows[[(1, "value"), (2, "value")]].gt(0).all()
+
+
 def test_a_module_that_is_not_affine_is_refused() -> None:
     with pytest.raises(NoDenseWeightError, match="Gated is not affine in its input"):
         dense_weight(Gated(nn.Linear(6, 9)))
