@@ -42,6 +42,7 @@ TESTS: Final = (
     "tests/integrations/test_transformers.py",
     "tests/test_decomposition.py",
     "tests/test_intervals.py",
+    "tests/test_low_rank_change.py",
     "tests/test_recorder.py",
     "tests/test_run_directory.py",
     "tests/test_snapshots.py",
