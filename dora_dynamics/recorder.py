@@ -261,7 +261,8 @@ class Recorder:
 
         Rows are those of the weights as the optimizer's step leaves them. What changes them after
         it, as AdaLoRA's `update_and_allocate` does, is seen by `start(optimizer,
-        count_steps=False)` and, behind it, `advance_to(step)`; `finish()` ends that.
+        count_steps=False)` and, behind it, `advance_to(step)`; `finish()` ends that. So is a step
+        that a CUDA graph replays, which calls no hook.
 
         Warns:
             UserWarning: the optimizer trains none of the parameters of the followed weights.
@@ -299,7 +300,7 @@ class Recorder:
         missed = self._resumed is not None and self._wanted(self.step)  # killed before it had rows
         if self.last_recorded is None or missed:
             self.record()
-        self._watch.begin(watched, self._before_step, self._after_step)
+        self._watch.begin(watched, self._before_step, self._after_step, self._when_captured)
 
     def _check_ties(self) -> None:
         """Warn of weights that were one when the recorder was made, and no longer are."""
@@ -381,6 +382,16 @@ class Recorder:
             self._watch.add_decay(optimizer)
         if self._counts_steps:
             self.advance_to(self.step + 1)
+
+    def _when_captured(self) -> None:
+        if self._counts_steps:
+            self._recording.troubles.note(
+                "captured",
+                "the optimizer's step is captured in a CUDA graph, whose replays call nobody: "
+                "start(optimizer, count_steps=False), and advance_to(step) after each replay.",
+                RuntimeError("the optimizer's step is captured in a CUDA graph"),
+            )
+            self._recording.troubles.tell(6)
 
     def _report_quantization(self) -> None:
         report = self._baseline.quantization_report()

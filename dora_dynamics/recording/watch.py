@@ -6,6 +6,8 @@ import math
 import warnings
 from typing import TYPE_CHECKING
 
+import torch
+
 from dora_dynamics.followed import MagnitudeParameters
 from dora_dynamics.recording.optimizers import StepDecay, trains_any, was_skipped
 
@@ -61,14 +63,23 @@ class Watch:
         optimizers: Sequence[Optimizer],
         before_step: Callable[[], None],
         after_step: Callable[[Optimizer], None],
+        when_captured: Callable[[], None],
     ) -> None:
-        """Call these before every step of the optimizers, and after every step that was made."""
+        """Call these before every step of the optimizers, and after every step that was made.
+
+        A step that is captured in a CUDA graph is not made, and nothing may be read meanwhile; when
+        it is replayed, nothing is called, so that Λ is not known.
+        """
 
         def before(*_: object) -> None:
-            before_step()
+            if not is_being_captured():
+                before_step()
 
         def after(optimizer: Optimizer, *_: object) -> None:
-            if not was_skipped(optimizer):
+            if is_being_captured():
+                self.forget_decay()
+                when_captured()
+            elif not was_skipped(optimizer):
                 after_step(optimizer)
 
         for optimizer in optimizers:
@@ -101,3 +112,8 @@ class Watch:
     def forget_decay(self) -> None:
         """Λ is not known from here on."""
         self.total_decay = dict.fromkeys(self.total_decay, math.nan)
+
+
+def is_being_captured() -> bool:
+    """Whether what is queued now goes into a CUDA graph instead of being done."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Build = Callable[..., nn.Module]
 
 FAR = "meta"  # the one device but the CPU that every build of torch knows
+FARTHER = "meta:1"
 GPU = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 )
@@ -39,12 +40,13 @@ class Far(torch.Tensor):
     """A tensor on a device that is not there."""
 
     held: torch.Tensor
+    place = FAR
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Far:
         make: Any = torch.Tensor._make_wrapper_subclass
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset()}
-        tensor: Far = make(cls, held.shape, dtype=held.dtype, device=FAR, **layout)
+        tensor: Far = make(cls, held.shape, dtype=held.dtype, device=cls.place, **layout)
         tensor.held = held
         return tensor
 
@@ -65,9 +67,15 @@ class Far(torch.Tensor):
         def far(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
-            return known[id(x)] if id(x) in known else Far(x)
+            return known[id(x)] if id(x) in known else cls(x)
 
         return tree_map(far, result) if stays else result
+
+
+class Farther(Far):
+    """A tensor on another such device."""
+
+    place = FARTHER
 
 
 def goes_to(kwargs: dict[str, Any]) -> str:
@@ -88,7 +96,8 @@ class Watch(TorchDispatchMode):
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         self.touched += given
         if goes_to(kwargs) == FAR and not any(isinstance(x, Far) for x in given):
-            return Far(func(*args, **kwargs | {"device": torch.device("cpu")}))
+            far = Farther if torch.device(kwargs["device"]).index == 1 else Far
+            return far(func(*args, **kwargs | {"device": torch.device("cpu")}))
         result = func(*args, **kwargs)
         packet = func.overloadpacket
         source = given[-1] if packet is aten.copy_ else given[0] if given else None
@@ -103,12 +112,13 @@ class Watch(TorchDispatchMode):
 
 
 def put(model: nn.Module, device: str) -> nn.Module:
-    if device != FAR:
+    if device not in (FAR, FARTHER):
         return model.to(device)
+    kind = Far if device == FAR else Farther
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                far = nn.Parameter(Far(parameter.detach()), parameter.requires_grad)
+                far = nn.Parameter(kind(parameter.detach()), parameter.requires_grad)
                 module._parameters[name] = far
     return model
 
@@ -123,13 +133,14 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
 
 
 @torch.no_grad()
-def move(model: nn.Module, device: str) -> None:
+def move(model: nn.Module) -> None:
     """A step of training in all but the gradients."""
     source = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             change = 0.1 * torch.randn(parameter.shape, generator=source)
-            parameter.add_(Far(change) if device == FAR else change.to(device))
+            own: Any = type(parameter.detach())
+            parameter.add_(own(change) if issubclass(own, Far) else change.to(parameter.device))
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "head"])
@@ -156,12 +167,53 @@ def test_one_transfer_and_only_chosen_weights(
             names = {n for n, p in model.named_parameters() if any(p is t for t in watch.touched)}
             assert names
             assert all(any(f".{target}." in name for target in targets) for name in names), names
-            move(model, where)
+            move(model)
         tables.append(recorder.trajectory)
     columns = ["delta_magnitude", "delta_direction", "update_norm"]
     ours, theirs = (table[columns].to_numpy() for table in tables)
     assert abs(ours - theirs).max() <= 1e-6 * abs(ours).max()
     assert ours.max(0).min() > 0
+
+
+SEVERAL = {
+    "two far ones": [FAR, FARTHER],
+    "one far, one near": ["cpu", FAR],
+    "a GPU and the CPU": pytest.param(
+        ["cuda", "cpu"],
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    ),
+    "two GPUs": pytest.param(
+        ["cuda:0", "cuda:1"],
+        marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["FT", "LoRA", "DoRA", "mixed"])
+@pytest.mark.parametrize("devices", SEVERAL.values(), ids=SEVERAL)
+def test_modules_on_several_devices_make_a_transfer_each(
+    devices: list[str], method: str, tiny_transformer: Build, tmp_path: Path
+) -> None:
+    """As pipelines and `device_map` place them; the query and value of a layer apart."""
+    tables = []
+    for where in (["cpu", "cpu"], devices):
+        model: Any = adapt(tiny_transformer(), method)
+        put(model.layers[0], where[0])
+        put(model.layers[1].query, where[0])
+        put(model.layers[1].value, where[1])
+        run = tmp_path / where[1].replace(":", "")
+        recorder = dd.Recorder(model, TARGETS, method=method, run_dir=run, keep="units", run="r")
+        for step in range(3):
+            recorder.step = step
+            with Watch() as watch:
+                recorder.record()
+            assert len(watch.transfers) == len({*where} - {"cpu"}), watch.transfers
+            move(model)
+        tables.append(recorder.trajectory)
+    columns = ["delta_magnitude", "delta_direction", "update_norm", "unit_coupling"]
+    ours, theirs = (table[columns].to_numpy(na_value=np.nan) for table in tables)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-9)
+    assert tables[0]["site"].tolist() == tables[1]["site"].tolist()
 
 
 class Turned(nn.Module):
@@ -206,7 +258,7 @@ def tables_of(build: Any, device: str, steps: int, **options: Any) -> tuple[Any,
             with Watch() as watch:
                 recorder.record()
             transfers.append(len(watch.transfers))
-            move(model, where)
+            move(model)
         tables.append(recorder.trajectory)
     columns = ["delta_magnitude", "delta_direction", "update_norm"]
     ours, theirs = (table[columns].to_numpy() for table in tables)
@@ -268,7 +320,7 @@ def test_kept_units_come_in_the_same_transfer(
             with Watch() as watch:
                 recorder.record()
             assert len(watch.transfers) == (where != "cpu"), watch.transfers
-            move(model, where)
+            move(model)
         recorder.state_dict()
         kept.append(snapshots.load_units(run, 1))
     assert kept[0].keys() == kept[1].keys()

@@ -248,36 +248,3 @@ def test_steps_that_a_gradient_scaler_skips_are_none() -> None:
             scaler.update()
     assert recorder.step == 2
     assert recorder.trajectory["step"].tolist() == [0, 1, 2]
-
-
-def test_gradient_checkpointing_and_compile_change_nothing() -> None:
-    tables, losses = [], []
-    for wrap in ("plain", "checkpoint", "compile"):
-        model = model_of()
-
-        def forward(x: torch.Tensor, model: Any = model) -> torch.Tensor:
-            out: torch.Tensor = model["value"](model["query"](x).repeat(1, 2)[:, :7])
-            return out.square().sum()
-
-        call: Any = forward
-        if wrap == "checkpoint":
-            from torch.utils.checkpoint import checkpoint
-
-            call = lambda x, f=forward: checkpoint(f, x, use_reentrant=False)  # noqa: E731
-        if wrap == "compile":
-            call = torch.compile(forward, backend="eager")
-        recorder = dd.Recorder(model, ["query", "value"], every=1, run="r")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        seen = []
-        with recorder.attach(optimizer):
-            for step in range(3):
-                optimizer.zero_grad()
-                loss = call(torch.full((2, 7), 0.1 * step + 0.1))
-                loss.backward()
-                optimizer.step()
-                seen.append(loss.item())
-        tables.append(recorder.trajectory)
-        losses.append(seen)
-    assert losses[0] == losses[1] == losses[2]
-    assert tables[0].equals(tables[1])
-    assert tables[0].equals(tables[2])
