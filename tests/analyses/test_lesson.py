@@ -57,3 +57,12 @@ def test_it_leads_to_the_finding(notebook: Any, monkeypatch: pytest.MonkeyPatch)
     assert "|m' - m0|  = 0.400" in written
     assert "1 - cos θ  = 0.200" in written
     assert not [output for output in outputs if output.get("name") == "stderr"]
+
+
+def test_outside_a_clone_it_says_where_to_open_it(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="in a clone of dora_dynamics"):
+        exec(first, {})
