@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class WithoutWaiting(TorchFunctionMode):
     """Linear systems are taken to be solvable, and masks to leave everything.
 
+    Entries of sparse matrices are not brought together, which changes no product.
+
     Attributes:
         right: for each answer that was taken for granted, whether it is right; booleans on their
             devices.
@@ -44,6 +46,10 @@ class WithoutWaiting(TorchFunctionMode):
             if args[0].shape[before:] == mask.shape:
                 self.right.append(mask.all())
                 return args[0].clone()
+        if func is torch.Tensor.coalesce:
+            return args[0]
+        if func is torch.sparse.mm and args[0].is_sparse:
+            return args[0].to_dense() @ args[1]
         return func(*args, **kwargs)
 
 

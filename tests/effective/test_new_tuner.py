@@ -13,6 +13,7 @@ from torch import nn
 
 import dora_dynamics as dd
 from analyses import support_table
+from dora_dynamics import effective
 from dora_dynamics.effective import NoDenseWeightError
 from dora_dynamics.effective.peft_layers import method_name
 from dora_dynamics.effective.peft_weights import how_read
@@ -166,6 +167,30 @@ def test_merging_into_something_else_it_is_probed(
     row: Any = recorder.trajectory.query("step == 2").iloc[0]
     assert row["delta_magnitude"] == pytest.approx(change.delta_magnitude, rel=1e-6)
     assert len(recorder.trajectory) == 6
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_was_taken_for_granted_is_checked(
+    newer_peft: Any, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    """A mask that leaves everything, and one that does not: found out, and read with waiting."""
+    plain = GainLayer.factor
+
+    def masked(layer: Any) -> torch.Tensor:
+        factor = plain(layer)
+        return factor * factor[factor > (0 if right else 1)].sum()
+
+    monkeypatch.setattr(GainLayer, "factor", masked)
+    torch.manual_seed(0)
+    model: Any = peft.get_peft_model(Linears(), GainConfig(target_modules=["query"]))
+    layer = model.base_model.model.layers[0].query
+    with torch.no_grad():
+        layer.gain_factor["default"].uniform_(0.5, 1.5)
+    assert how_read(layer) == ("merge on a copy" if right else "probed")
+    expected = layer.factor().double()[:, None] * layer.base_layer.weight.double()
+    torch.testing.assert_close(
+        effective.dense_weight(layer), expected.detach(), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_without_a_weight_it_is_refused(newer_peft: Any) -> None:

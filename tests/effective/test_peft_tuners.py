@@ -57,11 +57,9 @@ KNOWN_VARIANTS = {
     "QALoraLinearVariant", "VeloraLinearVariant", "_DoraConvNdVariant",
 }  # fmt: skip
 STEPS = 3
-PEFT_WAITS = {
-    "FROD": {"tolist in peft/tuners/frod/layer.py", "_coalesce in peft/tuners/frod/layer.py"}
-}
-"""Where PEFT itself looks at what is on the device, in training too; a record waits nowhere else
-but for the one transfer of its rows."""
+PEFT_WAITS = {"FROD": {"tolist in peft/tuners/frod/layer.py"}}
+"""Where PEFT itself looks at numbers: at two that FRoD makes on the CPU, and that go to a device
+only where the model is moved after it was adapted. Records wait for their one transfer alone."""
 INSIDE = {"base_layer", "original_module", "ln_tuning_layers", "token_indices"}
 
 
