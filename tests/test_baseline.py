@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
-import dora_dynamics.recording.recording
+import dora_dynamics.recording.measuring
 from dora_dynamics.baseline_source import BaselineError, CapturedBaseline
 from dora_dynamics.checkpoints import CheckpointError, opening
 from dora_dynamics.measurement import Measurement
@@ -256,7 +256,7 @@ class TestPlace:
                 calls.append(len(weights))
                 add(self, weights)
 
-            monkeypatch.setattr(dora_dynamics.recording.recording, "_AT_A_TIME", limit)
+            monkeypatch.setattr(dora_dynamics.recording.measuring, "_AT_A_TIME", limit)
             monkeypatch.setattr(Measurement, "add", counting)
             recorder = self.recorded(tiny_transformer, train, "cpu", **options)
             assert recorder.trajectory.equals(expected)

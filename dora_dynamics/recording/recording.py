@@ -5,34 +5,25 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from dora_dynamics._arrays import is_sharded
-from dora_dynamics._precision import full_precision
-from dora_dynamics.measurement import Measured, Measurement, checks_of
 from dora_dynamics.recording.backlog import Backlog
+from dora_dynamics.recording.measuring import Measuring
 from dora_dynamics.recording.rows import RecordedRows
 from dora_dynamics.recording.step import RecordedStep
 from dora_dynamics.recording.troubles import Troubles, in_words
-from dora_dynamics.sharded import Adapted, ShardingError
+from dora_dynamics.sharded import ShardingError
 from dora_dynamics.sharded.collectives import by_main_process
 from dora_dynamics.snapshots import has_baseline
-from dora_dynamics.unit_summary import unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from dora_dynamics.baseline import Baselines
-    from dora_dynamics.effective import Check, EffectiveWeight
-    from dora_dynamics.measurement import Triple
     from dora_dynamics.resume import Progress
     from dora_dynamics.run_directory import RunInfo
     from dora_dynamics.sites import Site
-
-_AT_A_TIME: Final = 1 << 28
-"""Bytes of weights that are copied or computed only to be measured, in memory together."""
 
 
 class Recording:
@@ -167,7 +158,10 @@ class Recording:
             spare: give a weight that cannot be measured rows of NaN and take note of it, where
                 failures are not fatal, rather than raise.
         """
-        finish, effective, failed = self._queue(spare=spare and not self.troubles.are_fatal)
+        spare = spare and not self.troubles.are_fatal
+        finish, effective, failed = Measuring(
+            self._sites, self._baseline, self.info.axis, self.keep, spare
+        ).queue()
         if failed:
             self._note_unmeasured(step, failed)
         else:
@@ -198,129 +192,6 @@ class Recording:
             "its rows are NaN as long as that lasts; the other weights are recorded.",
             error,
         )
-
-    def _queue(
-        self, *, spare: bool
-    ) -> tuple[Callable[[], list[Measured]], dict[str, EffectiveWeight], Mapping[str, Exception]]:
-        """Start to measure the change at every site; what is measured comes in one transfer.
-
-        Where weights come with checks, these come in the same transfer and are waited for: what
-        was not the weight that its module applies is probed from then on, and all is measured
-        again.
-
-        Returns:
-            What waits for the changes, and by `Site.tensor` the effective weights where they are
-            kept and, with `spare`, why some were not measured.
-
-        Raises:
-            NoDenseWeightError: a module applies no one weight.
-        """
-        with full_precision(self._baseline.device_types):
-            while True:
-                measurement, added, effective, failed = self._begun(spare=spare)
-                wrong = measurement.failed_checks()
-                to_probe: set[str] = set()
-                for check in wrong:
-                    tensors = {site.tensor for site, checks in added if check in checks}
-                    if check.by_probing:
-                        to_probe |= tensors
-                    elif spare:
-                        failed |= dict.fromkeys(tensors, check.otherwise)
-                    else:
-                        raise check.otherwise
-                if not to_probe:
-                    break
-                self._baseline.probe(to_probe)
-        for name in failed:
-            effective.pop(name, None)
-
-        def finish() -> list[Measured]:
-            sites = (site for site, _ in added)
-            changes = dict(zip(sites, measurement.finish(), strict=True))
-            return [
-                self._unmeasured(site) if site.tensor in failed else changes[site]
-                for site in self._sites
-            ]
-
-        return finish, effective, failed
-
-    def _unmeasured(self, site: Site) -> Measured:
-        shape = self._baseline.weights[site.tensor].shape
-        return Measured(unmeasured(site.units(shape, self.info.axis)), None)
-
-    def _begun(
-        self, *, spare: bool
-    ) -> tuple[
-        Measurement,
-        list[tuple[Site, tuple[Check, ...]]],
-        dict[str, EffectiveWeight],
-        dict[str, Exception],
-    ]:
-        """A started measurement, its sites with their checks, and the weights that are kept.
-
-        With `spare` also what failed, by tensor; but where processes measure together, that is
-        raised: none of them can leave a weight out alone.
-
-        All weights are measured together, but for those that must be copied or computed first:
-        of these, so many that they take `_AT_A_TIME` bytes, or one that takes more.
-        """
-        by_tensor: dict[str, list[Site]] = {}
-        for site in self._sites:
-            by_tensor.setdefault(site.tensor, []).append(site)
-        kept: dict[str, EffectiveWeight] = {}
-        added: list[tuple[Site, tuple[Check, ...]]] = []
-        together: list[Triple] = []
-        apart: list[Triple] = []
-        passing = 0
-        failed: dict[str, Exception] = {}
-        spare = spare and not self._baseline.is_sharded
-        measurement = Measurement(self.info.axis, keep_units="units" in self.keep)
-
-        def add_these(triples: Sequence[Triple]) -> None:
-            measurement.add(triples)
-            added.extend((site, checks_of(effective)) for site, _, effective in triples)
-
-        def add() -> None:
-            nonlocal passing
-            try:
-                add_these(together)
-            except Exception:
-                if not spare:
-                    raise
-                for name, its_own in groupby(together, key=lambda triple: triple[0].tensor):
-                    try:
-                        add_these(list(its_own))
-                    except Exception as error:
-                        failed[name] = error
-            together.clear()
-            passing = 0
-
-        for name, its_sites in by_tensor.items():
-            try:
-                weight, effective = self._baseline.pair(name)
-            except Exception as error:
-                if not spare:
-                    raise
-                failed[name] = error
-                continue
-            if is_sharded(weight):
-                apart.extend((site, weight, effective) for site in its_sites)
-                continue
-            size = measurement.passing_bytes(weight, effective)
-            size += self._baseline.passing_bytes(name, weight, effective)
-            if passing and passing + size > _AT_A_TIME:
-                add()
-            passing += size
-            together.extend((site, weight, effective) for site in its_sites)
-            if "weights" in self.keep and not isinstance(effective, Adapted):
-                kept[name] = effective
-            del weight, effective
-        add()
-        if apart:  # all of it by one all-reduce
-            together.extend(apart)
-            add()
-        measurement.start()
-        return measurement, added, kept, failed
 
     def _store_beside_training(self, recorded: RecordedStep) -> None:
         so = f"step {recorded.step} is left out of the table"
