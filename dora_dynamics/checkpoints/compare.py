@@ -28,7 +28,7 @@ from dora_dynamics.checkpoints.plan import (
 )
 from dora_dynamics.checkpoints.running import Output, Row
 from dora_dynamics.checkpoints.spreading import Processes
-from dora_dynamics.checkpoints.updates import Built, change_of
+from dora_dynamics.checkpoints.updates import change_of, is_built
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
 from dora_dynamics.run_directory import RunInfo
@@ -210,7 +210,7 @@ def _measure(
         return to_row(site, change, head=site.head)
 
     rows = []
-    built = any(isinstance(update, Built) for update in updates.values())
+    built = any(map(is_built, updates.values()))
     chosen = [sites[place] for place in mine]
     with _in_threads(row, chosen, jobs, 1 if built else _SITES_AT_ONCE) as measured:
         for site, future in measured.items():

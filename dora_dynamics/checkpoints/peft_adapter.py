@@ -14,7 +14,7 @@ from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.lora_file import Adapted
 from dora_dynamics.checkpoints.naming import align, plain
 from dora_dynamics.checkpoints.peft_layer import LAYERWISE, LayerRecipe, need_peft
-from dora_dynamics.checkpoints.updates import Built, Factors, Replaced
+from dora_dynamics.checkpoints.updates import Built, Factors, Rebased, Replaced
 
 if TYPE_CHECKING:
     from dora_dynamics.checkpoints.stored import Contents, StoredTensor
@@ -29,6 +29,7 @@ _LORA_PARTS: Final = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
+_BELOW: Final = ".base_layer.weight"
 _TRAINED_TOKENS: Final = "token_adapter.trainable_tokens_delta"
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NOT_A_WEIGHT: Final = {
@@ -84,14 +85,18 @@ def read_peft_adapter(contents: Contents, base: Mapping[str, StoredTensor]) -> A
     elif kind == "LORA" and not any(config.get(key) for key in _OTHER_FORMULA):
         updates = {}
         for module, parts in found.layers.items():
-            update = _tokens if _TRAINED_TOKENS in parts else _lora
-            weight = base[f"{module}.weight"]
-            updates[f"{module}.weight"] = update(found.paths[module], parts, contents, weight)
+            read = _tokens if _TRAINED_TOKENS in parts else _lora
+            weight = found.below.get(module, base[f"{module}.weight"])
+            updates[f"{module}.weight"] = read(found.paths[module], parts, contents, weight)
         method = "DoRA" if config.get("use_dora") else "LoRA"
     else:
         updates = _built(kind, found, contents, base)
         method = _PLAIN_NAMES.get(kind, kind)
         unmatched = [] if found.layers else unmatched
+    for module, start in found.below.items():
+        update = updates.get(f"{module}.weight")
+        if isinstance(update, (Factors, Built)):
+            updates[f"{module}.weight"] = Rebased(start, update)
     updates.update(found.saved)
     return Adapted(updates, method, unmatched, [])
 
@@ -109,7 +114,8 @@ def _built(
     kind: str, found: _Found, contents: Contents, base: Mapping[str, StoredTensor]
 ) -> dict[str, Update]:
     need_peft(contents)
-    shapes = [base[f"{module}.weight"].shape for module in found.layers]
+    weights = {module: found.below.get(module, base[f"{module}.weight"]) for module in found.layers}
+    shapes = [weight.shape for weight in weights.values()]
     largest = (max((s[-1] for s in shapes), default=1), max((s[0] for s in shapes), default=1))
     shared = {found.unmatched[name]: contents.tensors[found.unmatched[name]]
               for name in found.unmatched}  # fmt: skip
@@ -134,6 +140,7 @@ class _Found:
         paths: module of the base → path of the module in the model that was adapted.
         prefixes: module of the base → what its tensors' names in the file start with.
         saved: weights that the adapter keeps whole (`modules_to_save`).
+        below: module of the base → the weight below its adapter, where the adapter keeps it too.
         unmatched: tensors that belong to no module of the base: short name → name in the file.
     """
 
@@ -141,6 +148,7 @@ class _Found:
     paths: dict[str, str]
     prefixes: dict[str, str]
     saved: dict[str, Update]
+    below: dict[str, StoredTensor]
     unmatched: dict[str, str]
 
 
@@ -180,12 +188,15 @@ def _sorted_out(contents: Contents, base: Mapping[str, StoredTensor]) -> _Found:
     heads = {head for name in names for head, _ in _cuts(name)}
     matched = align(known, {plain(head): None for head in (*names, *heads)}, contents.path)
     mine = {theirs: name for name, theirs in matched.pairs.items()}
-    found = _Found({}, {}, {}, {}, {})
+    found = _Found({}, {}, {}, {}, {}, {})
     for name, original in names.items():
         tensor = contents.tensors[original]
         whole = mine.get(plain(name))
         if whole is not None and whole in base:
             _check_fit(contents, whole, tensor, base[whole])
+            if name.endswith(_BELOW):
+                found.below[whole.removesuffix(".weight")] = tensor
+                continue
             found.saved[whole] = Replaced(tensor)
             continue
         cut = next((c for c in _cuts(name) if f"{mine.get(plain(c[0]))}.weight" in base), None)
@@ -196,6 +207,8 @@ def _sorted_out(contents: Contents, base: Mapping[str, StoredTensor]) -> _Found:
         found.layers.setdefault(module, {})[cut[1]] = tensor
         found.paths[module] = cut[0]
         found.prefixes[module] = original.removesuffix(f".{cut[1]}")
+    for module in [module for module in found.below if module not in found.layers]:
+        found.saved[f"{module}.weight"] = Replaced(found.below.pop(module))
     return found
 
 

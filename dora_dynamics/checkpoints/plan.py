@@ -7,7 +7,7 @@ can show is found before anything is written.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +18,7 @@ from dora_dynamics.checkpoints.lora_file import Adapted, read_lora_file
 from dora_dynamics.checkpoints.naming import align, plain_names
 from dora_dynamics.checkpoints.opening import open_checkpoint, step_of
 from dora_dynamics.checkpoints.peft_adapter import named_base, read_peft_adapter
-from dora_dynamics.checkpoints.updates import Built, Replaced
+from dora_dynamics.checkpoints.updates import Rebased, Replaced, is_built
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -162,10 +162,17 @@ def read_updates(
         for site in sites
         if tensor_name(site) in adapted.updates
     }
+    notes = list(adapted.notes)
     for site, update in updates.items():
-        own = () if isinstance(update, Built) else update.parts
-        _check_dtypes(path, site, (base.tensors[tensor_name(site)], *own))
-    return updates, adapted
+        mine = base.tensors[tensor_name(site)]
+        own = () if is_built(update) else update.parts
+        _check_dtypes(path, site, (mine, *own))
+        if isinstance(update, Rebased):
+            _check_dtypes(path, site, (update.start,))
+            notes += _compare_shapes(path, site, mine, update.start)
+        elif isinstance(update, Replaced):
+            notes += _compare_headers(path, site, mine, update.tensor)
+    return updates, replace(adapted, notes=list(dict.fromkeys(notes)))
 
 
 def _read_weights(base: Base, sites: Sequence[Site], contents: Contents) -> Adapted:
@@ -180,8 +187,7 @@ def _read_weights(base: Base, sites: Sequence[Site], contents: Contents) -> Adap
         name = tensor_name(site)
         if name not in found.pairs or name in updates:
             continue
-        mine, other = base.tensors[name], contents.tensors[names[found.pairs[name]]]
-        notes += _compare_headers(contents.path, site, mine, other)
+        other = contents.tensors[names[found.pairs[name]]]
         notes += _untied(contents, site, names, other)
         updates[name] = Replaced(other)
     return Adapted(updates, "FT", found.only_other, list(dict.fromkeys(notes)))
@@ -200,6 +206,16 @@ def _untied(
 
 
 def _compare_headers(path: Path, site: Site, mine: StoredTensor, other: StoredTensor) -> list[str]:
+    notes = _compare_shapes(path, site, mine, other)
+    if mine.dtype != other.dtype:
+        notes.append(
+            f"the base is {_short(mine)} and the checkpoint {_short(other)}: each is taken as it "
+            "is stored, so that rounding from one to the other counts as change"
+        )
+    return notes
+
+
+def _compare_shapes(path: Path, site: Site, mine: StoredTensor, other: StoredTensor) -> list[str]:
     notes = []
     if mine.shape != other.shape:
         resizable = site.kind == "embedding" or site.name.rpartition(".")[2] in _HEADS
@@ -211,11 +227,6 @@ def _compare_headers(path: Path, site: Site, mine: StoredTensor, other: StoredTe
         notes.append(
             f"{tensor_name(site)} was resized from {mine.shape[0]} to {other.shape[0]} rows: the "
             f"first {min(mine.shape[0], other.shape[0])} are compared"
-        )
-    if mine.dtype != other.dtype:
-        notes.append(
-            f"the base is {_short(mine)} and the checkpoint {_short(other)}: each is taken as it "
-            "is stored, so that rounding from one to the other counts as change"
         )
     return notes
 

@@ -1,7 +1,8 @@
 """What a checkpoint makes of a base weight, and the change that is.
 
 Three kinds: a weight of its own (`Replaced`), the factors of a low-rank update (`Factors`), and
-anything else that is computed for one layer at a time (`Built`). Large work is cut into blocks of
+anything else that is computed for one layer at a time (`Built`). The last two may start from a copy
+of the base weight that the checkpoint brings itself (`Rebased`). Large work is cut into blocks of
 units, so that memory stays bounded; every number comes from `decomposition`.
 """
 
@@ -79,7 +80,33 @@ class Built:
     build: Callable[[Tensor, Site], Tensor]
 
 
-Update = Replaced | Factors | Built
+@dataclass(frozen=True)
+class Rebased:
+    """An update of the weight that the checkpoint keeps below it, beside the update itself.
+
+    PEFT saves so what lies below an adapter on an embedding or an output layer: the base weight
+    once more, or one of another vocabulary.
+
+    Attributes:
+        start: the weight below the update.
+        update: what is done to it.
+    """
+
+    start: StoredTensor
+    update: Factors | Built
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The tensors that are read."""
+        return (self.start, *self.update.parts)
+
+
+Update = Replaced | Factors | Built | Rebased
+
+
+def is_built(update: Update) -> bool:
+    """Whether the whole effective weight is built to measure this."""
+    return isinstance(update.update if isinstance(update, Rebased) else update, Built)
 
 
 def change_of(site: Site, base: StoredTensor, update: Update, axis: Axis) -> WeightChange:
@@ -88,6 +115,11 @@ def change_of(site: Site, base: StoredTensor, update: Update, axis: Axis) -> Wei
         if isinstance(update, Replaced):
             return _replaced(site, base, update.tensor, axis)
         weight = base.load()
+        if isinstance(update, Rebased):
+            start = update.start.load()
+            if not _is_copy(start, weight):
+                return _rebased(site, weight, start, update.update, axis)
+            update = update.update
         if isinstance(update, Built):
             after = update.build(weight.to(torch.float64), site)
             return _in_blocks(site.oriented(weight), site.oriented(after), axis)
@@ -154,6 +186,37 @@ def _low_rank(site: Site, weight: Tensor, update: Factors, axis: Axis) -> Weight
     return _in_blocks(own, after, axis)
 
 
+def _is_copy(copy: Tensor, weight: Tensor) -> bool:
+    """Whether all values are those of `weight`, but for the dtype they are kept in."""
+    return copy.shape == weight.shape and all(
+        torch.equal(copy[start:stop], weight[start:stop].to(copy.dtype))
+        for start, stop in _blocks(weight)
+    )
+
+
+def _rebased(
+    site: Site, weight: Tensor, start: Tensor, update: Factors | Built, axis: Axis
+) -> WeightChange:
+    """The change from `weight` to an updated `start`, over the rows that both have."""
+    shared = min(len(weight), len(start))
+    before = site.oriented(weight[:shared])
+    if isinstance(update, Built):
+        after = update.build(start.to(torch.float64), site)
+        return _in_blocks(before, site.oriented(after[:shared]), axis)
+    A, B = update.build()
+    ratio = torch.ones(1, 1, dtype=torch.float64)
+    if update.magnitude is not None:
+        m, whole = update.magnitude(), site.matrix(start)
+        if update.magnitude_axis == "output":
+            ratio = site.select(_ratio(m, whole, A, B, update.scaling))[: len(before)].unsqueeze(1)
+        else:
+            ratio = _ratio(m, whole.T, B.T, A.T, update.scaling).unsqueeze(0)
+    start, B = site.oriented(start[:shared]), site.select(B)[: len(before)]
+    if axis == "input":
+        before, start, A, B, ratio = before.T, start.T, B.T, A.T, ratio.T
+    return _scaled(before, A, B, update.scaling, ratio, axis, start)
+
+
 def _ratio(m: Tensor, matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """DoRA's m over the norm of each row of matrix + scaling · B A; 0 where that is zero."""
     norms = _low_rank_units(matrix, A, B, scaling).magnitude_after
@@ -180,16 +243,34 @@ def _low_rank_units(
 
 
 def _scaled(
-    matrix: Tensor, A: Tensor, B: Tensor, scaling: float, ratio: Tensor, axis: Axis
+    matrix: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    ratio: Tensor,
+    axis: Axis,
+    below: Tensor | None = None,
 ) -> WeightChange:
-    """The change of each row of `matrix`, where DoRA scales its columns by `ratio`."""
+    """The change of each row of `matrix`, where DoRA scales by `ratio`.
+
+    Args:
+        matrix: one unit per row.
+        A: shape (rank, columns).
+        B: shape (rows, rank).
+        scaling: the factor on B A.
+        ratio: one for each column, or of a shape that `matrix` can be multiplied by.
+        axis: what the units are.
+        below: what the update is of, where it is not `matrix` itself.
+    """
+    below = matrix if below is None else below
+    ratio = ratio.expand(matrix.shape)
     A64, B64 = A.to(torch.float64), scaling * B.to(torch.float64)
     room = _Room(matrix, torch.float64, 2)
     parts = []
     for start, stop in _blocks(matrix):
         before = room.copy(0, matrix[start:stop])
         after = torch.matmul(B64[start:stop], A64, out=room.view(1, stop - start))
-        after.add_(before).mul_(ratio)
+        after.add_(below[start:stop]).mul_(ratio[start:stop])
         parts.append(weight_change(before, after).units)
     return reduce_units(_joined(parts), axis)
 

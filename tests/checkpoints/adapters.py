@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def train_and_save(model: Any, config: Any, folder: Path, steps: int = 3) -> None:
-    """A few large steps, so that B is not zero and m is not the norm it began at."""
+def train_and_save(
+    model: Any, config: Any, folder: Path, steps: int = 3, *, keep_base: bool | str = False
+) -> None:
+    """A few large steps, so that B is not zero and m is not the norm it began at.
+
+    With `keep_base="auto"`, which is PEFT's own default, embeddings below an adapter are saved too.
+    """
     torch.manual_seed(5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -31,7 +36,7 @@ def train_and_save(model: Any, config: Any, folder: Path, steps: int = 3) -> Non
             hidden = output["logits" if "logits" in output else "last_hidden_state"]
             (hidden * torch.linspace(-1, 1, hidden.shape[-1])).square().mean().backward()
             optimizer.step()
-        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        adapted.save_pretrained(str(folder), save_embedding_layers=keep_base)
 
 
 def merged(model: Any, folder: Path) -> dict[str, Tensor]:

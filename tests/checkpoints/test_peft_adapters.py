@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 
 from dora_dynamics.checkpoints import CheckpointError, compare_checkpoints
 
@@ -76,6 +77,61 @@ def test_embeddings(tmp_path: Path, axis: Any, *, dora: bool) -> None:
     table = compare_checkpoints(tmp_path / "base", tmp_path / "adapter", axis=axis)
     assert set(table["role"]) == {"embedding", "query"}
     check(table, state(llama()), merged(llama(), tmp_path / "adapter"), axis=axis)
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("rows", [50, 47, 53])
+def test_embeddings_that_peft_saves_below_their_adapter(
+    tmp_path: Path, axis: Any, rows: int, *, dora: bool
+) -> None:
+    def model() -> Any:
+        resized = llama()
+        if rows != 50:
+            resized.resize_token_embeddings(rows, mean_resizing=False)
+        return resized
+
+    llama().save_pretrained(tmp_path / "base")
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, use_dora=dora)
+    torch.manual_seed(3)
+    start = model()
+    train_and_save(start, config, tmp_path / "adapter", keep_base="auto")
+    table = compare_checkpoints(tmp_path / "base", tmp_path / "adapter", axis=axis)
+    assert set(table["role"]) == {"embedding", "query", "lm_head"}
+    torch.manual_seed(3)
+    shared = min(rows, 50)
+    after = {
+        name: weight[:shared] if weight.shape[0] == rows else weight
+        for name, weight in merged(model(), tmp_path / "adapter").items()
+    }
+    before = {name: weight[:shared] if weight.shape[0] == 50 else weight
+              for name, weight in state(llama()).items()}  # fmt: skip
+    check(table, before, after, axis=axis)
+    notes = table.attrs["summary"]["checkpoints"][0]["notes"]
+    assert sum("resized from 50" in note for note in notes) == (0 if rows == 50 else 2)
+
+
+def test_weights_below_an_adapter_that_are_not_the_base_are_counted(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], use_dora=True)
+    train_and_save(llama(seed=9), config, tmp_path / "adapter", keep_base="auto")
+    table = compare_checkpoints(tmp_path / "base", tmp_path / "adapter")
+    check(table, state(llama()), merged(llama(seed=9), tmp_path / "adapter"))
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    def model(labels: int) -> Any:
+        config = bert().config
+        config.num_labels = labels
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(config)
+
+    model(5).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"])
+    train_and_save(model(3), config, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"classifier.*has shape \(3, 24\)"):
+        compare_checkpoints(tmp_path / "base", tmp_path / "adapter")
 
 
 def test_modules_to_save(tmp_path: Path) -> None:
