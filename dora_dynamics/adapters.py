@@ -14,6 +14,7 @@ measures both.
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -196,8 +197,8 @@ def apply_lora(
         The sites that carry an adapter now.
 
     Raises:
-        InputError: a target matches nothing, the rank is not positive, or a selected layer
-            already carries an adapter.
+        InputError: a target matches nothing, the rank is not a whole number above 0, or a selected
+            layer already carries an adapter.
     """
     return _apply(LoRA, model, targets, rank, alpha=alpha, generator=generator)
 
@@ -241,6 +242,10 @@ def _apply(
     rank: int,
     **options: object,
 ) -> list[Site]:
+    try:
+        rank = operator.index(rank)
+    except TypeError:
+        raise InputError(f"rank must be a whole number, not {rank!r}.") from None
     if rank < 1:
         raise InputError(f"rank must be at least 1, not {rank}.")
     sites = find_sites(model, targets)

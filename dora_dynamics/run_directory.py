@@ -119,14 +119,21 @@ def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
     except FileExistsError:
         if directory.is_dir():
             raise holds_a_run from None
-        raise RunDirectoryError(f"cannot write to {directory}: it is no folder.") from None
+        raise cannot_write(directory, FileExistsError()) from None
     except OSError as error:
-        raise RunDirectoryError(f"cannot write to {directory}: {error.strerror}.") from error
+        raise cannot_write(directory, error) from error
     for kept in ("units", "weights"):
         for pattern in ("*.safetensors", "*.partial", ".tmp*"):  # a killed run leaves the latter
             for old in (directory / kept).glob(pattern):
                 old.unlink()
     return directory
+
+
+def cannot_write(directory: StrPath, error: OSError) -> RunDirectoryError:
+    """What to say of a folder for a run that the system does not give."""
+    is_no_folder = isinstance(error, (FileExistsError, NotADirectoryError))
+    reason = "it is no folder" if is_no_folder else error.strerror or str(error)
+    return RunDirectoryError(f"cannot write to {directory}: {reason}; choose another folder.")
 
 
 def _holds_a_run(directory: Path) -> bool:

@@ -430,6 +430,12 @@ class TestApply:
     def test_rank_below_one_is_refused(self, method: str, tiny_transformer: Build) -> None:
         with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
             APPLY[method](tiny_transformer(), ["query"], rank=0)
+        model = tiny_transformer()
+        not_whole: tuple[Any, ...] = (2.5, "4", None)
+        for rank in not_whole:
+            with pytest.raises(InputError, match="rank must be a whole number"):
+                APPLY[method](model, ["query"], rank=rank)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_nothing_matched_lists_what_there_is_and_changes_nothing(
         self, method: str, tiny_transformer: Build

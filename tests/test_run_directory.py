@@ -261,8 +261,12 @@ class TestCreate:
     def test_where_nothing_can_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         for path in (tmp_path / "file", tmp_path / "file" / "below"):
-            with pytest.raises(RunDirectoryError, match=r"cannot write to .*file"):
+            with pytest.raises(RunDirectoryError, match=r"cannot write to .*file.*it is no folder"):
                 create_run(path)
+            with pytest.raises(RunDirectoryError, match=r"cannot write to .*file.*it is no folder"):
+                dd.Recorder(
+                    torch.nn.ModuleDict({"query": torch.nn.Linear(3, 2)}), ["query"], run_dir=path
+                )
 
 
 class TestLoadRuns:

@@ -15,7 +15,6 @@ from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.run_directory import (
     RUN_FILE,
     TRAJECTORY_FILE,
-    RunDirectoryError,
     RunInfo,
 )
 
@@ -130,7 +129,7 @@ def _lock(path: Path) -> Callable[[], object]:
         path.mkdir(parents=True, exist_ok=True)
         return run_lock.hold(path)
     except OSError as error:
-        raise RunDirectoryError(f"cannot write to {path}: {error.strerror}.") from error
+        raise run_directory.cannot_write(path, error) from error
 
 
 def _complete(table: pd.DataFrame, plan: Plan) -> list[list[Row]]:

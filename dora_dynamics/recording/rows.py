@@ -94,7 +94,7 @@ class RecordedRows:
             self._file = HeldTable(directory)
         except OSError as error:
             self.release()
-            raise RunDirectoryError(f"cannot write to {directory}: {in_words(error)}.") from error
+            raise run_directory.cannot_write(directory, error) from error
         except BaseException:
             self.release()
             raise

@@ -83,6 +83,8 @@ def test_dry_run_writes_nothing(folder: Path) -> None:
         ["base", "run", "--resume"],
         ["base", "run", "--axis", "diagonal"],
         ["base"],
+        ["base", "run", "--out", "base/config.json"],
+        ["base", "run", "--out", "base/config.json/below"],
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
