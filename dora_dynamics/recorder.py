@@ -21,7 +21,7 @@ from dora_dynamics.resume import choose_baseline, read_progress
 from dora_dynamics.run_directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
 from dora_dynamics.sharded.models import expose
-from dora_dynamics.sites import Site, find_sites, once, other_names, tensor_names
+from dora_dynamics.sites import Site, check_ties, find_sites, once, other_names, tensor_names
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -286,7 +286,7 @@ class Recorder:
         expose(self._model)
         watched = [unwrapped(optimizer) for optimizer in optimizers]
         self._followed = follow(self._model, self.sites)
-        self._check_ties()
+        check_ties(self.sites, tensor_names(self._model), stacklevel=5)
         self._watch.follow(self._followed)
         self._recording.check_kept()
         self._baseline.settle(self._followed)
@@ -301,20 +301,6 @@ class Recorder:
         if self.last_recorded is None or missed:
             self.record()
         self._watch.begin(watched, self._before_step, self._after_step, self._when_captured)
-
-    def _check_ties(self) -> None:
-        """Warn of weights that were one when the recorder was made, and no longer are."""
-        names = [set(names) for names in tensor_names(self._model)]
-        for site in self.sites:
-            group = next((some for some in names if site.tensor in some), set())
-            for other in site.also_known_as:
-                if other.partition("[")[0] not in group:
-                    warnings.warn(
-                        f"{other} and {site.name} were one weight when the recorder was made and "
-                        f"are two now (untied, or an adapter on one of them): {site.name} is "
-                        "recorded.",
-                        stacklevel=4,
-                    )
 
     def _check_baseline(self) -> None:
         """Where a run is resumed: whether W_0 is still what it was, also after the loading."""
@@ -385,12 +371,7 @@ class Recorder:
 
     def _when_captured(self) -> None:
         if self._counts_steps:
-            self._recording.troubles.note(
-                "captured",
-                "the optimizer's step is captured in a CUDA graph, whose replays call nobody: "
-                "start(optimizer, count_steps=False), and advance_to(step) after each replay.",
-                RuntimeError("the optimizer's step is captured in a CUDA graph"),
-            )
+            self._recording.note_captured()
             self._recording.troubles.tell(6)
 
     def _report_quantization(self) -> None:

@@ -149,6 +149,15 @@ class Recording:
             message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
             self.troubles.note(kind, message, error)
 
+    def note_captured(self) -> None:
+        """Take note that an optimizer's step is captured in a CUDA graph."""
+        self.troubles.note(
+            "captured",
+            "the optimizer's step is captured in a CUDA graph, whose replays call nobody: "
+            "start(optimizer, count_steps=False), and advance_to(step) after each replay.",
+            RuntimeError("the optimizer's step is captured in a CUDA graph"),
+        )
+
     def record(self, step: int, total_decay: Mapping[str, float], *, spare: bool) -> None:
         """Measure the weights as they are at this step; on a GPU, begin to.
 

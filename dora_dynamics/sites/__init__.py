@@ -18,5 +18,6 @@ from dora_dynamics.sites.select import NoSiteMatchesError as NoSiteMatchesError
 from dora_dynamics.sites.select import find_sites as find_sites
 from dora_dynamics.sites.select import select_tensors as select_tensors
 from dora_dynamics.sites.site import Site as Site
+from dora_dynamics.sites.tied import check_ties as check_ties
 from dora_dynamics.sites.tied import once as once
 from dora_dynamics.sites.tied import other_names as other_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -82,6 +83,26 @@ def once(sites: Iterable[Site]) -> list[Site]:
 def other_names(sites: Iterable[Site]) -> dict[str, list[str]]:
     """Of each site that has several names, by `Site.key`, the others."""
     return {site.key: list(site.also_known_as) for site in sites if site.also_known_as}
+
+
+def check_ties(sites: Iterable[Site], groups: Iterable[Sequence[str]], *, stacklevel: int) -> None:
+    """Warn of sites that were one weight when they were found, and no longer are.
+
+    Args:
+        sites: as they were found.
+        groups: the names that each tensor has now, of those that have several.
+        stacklevel: of the warning, from here.
+    """
+    together = [set(names) for names in groups]
+    for site in sites:
+        group = next((names for names in together if site.tensor in names), set())
+        for other in site.also_known_as:
+            if other.partition("[")[0] not in group:
+                warnings.warn(
+                    f"{other} and {site.name} were one weight when the recorder was made and are "
+                    f"two now (untied, or an adapter on one of them): {site.name} is recorded.",
+                    stacklevel=stacklevel,
+                )
 
 
 def _of_tensor(name: str) -> str:
