@@ -258,7 +258,7 @@ def _arrays(sums: _kernels.UnitSums) -> NDArray[np.float64]:
 
 def reduce_units(units: UnitChange, axis: Axis) -> WeightChange:
     """Reduce per-unit changes to the measures of Eq. 3 and 4 and those beside them."""
-    sums = np.stack([term.sum() for term in terms(units.arrays())])
+    sums = np.array(terms(units.arrays())).sum(axis=1)
     numbers = measures(sums[:, np.newaxis], np.full(1, float(len(units))))
     return WeightChange(axis, units, **named(MEASURES, numbers[:, 0].tolist()))
 
