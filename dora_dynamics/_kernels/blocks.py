@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +17,14 @@ import torch
 from dora_dynamics._kernels.sums import exact_rows, fill_tangential
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     Rows = NDArray[np.float32] | NDArray[np.float64]
-    _Read = Callable[[slice, slice], tuple[Rows, Rows]]
-    """Gives w_0 and d of these rows and columns; each has shape (halves, units, features)."""
+    _Read = Callable[["_Block"], tuple[Rows, Rows]]
+    """Gives w_0 and d of a block."""
 
 _BLOCK: Final = 3 << 15
 """Elements of a block where one thread works: w_0 and d (768 KiB in float32) stay in its cache."""
@@ -57,10 +57,34 @@ _DOUBLE: Final = np.dtype(np.float64)
 _IN_NUMPY: Final = (torch.float32, torch.float64)
 """What is summed as it is stored."""
 
+_KEPT: Final = 1 << 20
+"""Elements of a weight up to which its plan is kept."""
+_KEPT_PLANS: Final = 64
+"""How many are kept, at most."""
 _NOTHING: Final = (np.empty(0, np.uint8), np.empty(0))
 
 _local = threading.local()
 """By name: a buffer, and its beginning as it was last asked for."""
+_plans = threading.local()
+"""Plans by shape, made of views of these buffers."""
+
+
+class _Block(NamedTuple):
+    """Part of a weight that stays in the cache; arrays have shape (halves, units, features).
+
+    Attributes:
+        here: its rows and columns; columns are words where there are two halves.
+        w: room for w_0.
+        d: room for d.
+        bits: the low and the high halves of w and of d as integers, where there are two halves.
+        parts: for at most `_FEATURES` features each, where a, e and c go, shape (halves, units).
+    """
+
+    here: tuple[slice, slice]
+    w: Rows
+    d: Rows
+    bits: tuple[NDArray[np.int32], ...]
+    parts: list[tuple[Rows, ...]]
 
 
 def tasks(
@@ -101,88 +125,122 @@ def block_size(shared: bool) -> int:
 
 
 def _sum_rows(before: Tensor, after: Tensor, out: NDArray[np.float64], block: int) -> None:
-    units, features = before.shape
     double = before.dtype == torch.float64
-    step = -(-units // -(-units * features // block))
-    reader: Callable[[Tensor, Tensor, Rows], _Read] = _converted
-    width, length, halves = features, block, 1
+    halves = 1
+    reader: Callable[[Tensor, Tensor], _Read] = _converted
     if _in_words(before) and _in_words(after):
-        reader, width, length, halves = _halves, features // 2, block // 2, 2
+        reader, halves = _halves, 2
     elif before.dtype in _IN_NUMPY and _has_rows(before) and _has_rows(after):
         reader = _as_it_is
-    room = _scratch("d", (halves, step, min(width, length)), _DOUBLE if double else _SINGLE)
-    read = reader(before, after, room)
-    sums = np.empty((3, -(-width // _FEATURES), halves, units), room.dtype)
+    units, features = before.shape
+    sums, blocks = _plan(units, features, block, halves, double)
+    read = reader(before, after)
     with np.errstate(all="ignore"):
-        for start in range(0, units, step):
-            rows = slice(start, start + step)
-            for left in range(0, width, length):
-                w, d = read(rows, slice(left, left + length))
-                _sum_block(w, d, sums[:, left // _FEATURES :, :, rows])
+        for one in blocks:
+            _sum_block(*read(one), one.parts)
         np.add.reduce(sums.reshape(3, -1, units), axis=1, dtype=np.float64, out=out[:3])
         again = fill_tangential(out, single=not double)
     if len(again):
         sum_exactly(before, after, again, out)
 
 
-def _sum_block(w: Rows, d: Rows, sums: Rows) -> None:
+def _plan(
+    units: int, features: int, block: int, halves: int, double: bool
+) -> tuple[Rows, Iterable[_Block]]:
+    """The blocks of a weight, and where their sums go: shape (3, parts, halves, units).
+
+    A model has few different shapes: those of small weights are kept. To make these views anew
+    would take a tenth of the time that such a weight takes.
+    """
+    key = (units, features, block, halves, double)
+    plans: dict[Any, tuple[Rows, Iterable[_Block]]] = _plans.__dict__.setdefault("made", {})
+    if key in plans:
+        return plans[key]
+    dtype = np.dtype(np.float64 if double else np.float32)
+    width = features // halves
+    sums: Rows = np.empty((3, -(-width // _FEATURES), halves, units), dtype)
+    blocks = _blocks(units, width, block // halves, sums)
+    if units * features > _KEPT:
+        return sums, blocks
+    made = sums, list(blocks)
+    plans = _plans.__dict__.setdefault("made", {})  # a buffer that grew has dropped them
+    if len(plans) == _KEPT_PLANS:
+        plans.clear()
+    plans[key] = made
+    return made
+
+
+def _blocks(units: int, width: int, length: int, sums: Rows) -> Iterator[_Block]:
+    halves = sums.shape[2]
+    step = -(-units // -(-units * width // length))
+    shape = (halves, step, min(width, length))
+    rooms = [_scratch(name, shape, sums.dtype) for name in ("w" if halves == 2 else "d", "d")]
+    for start in range(0, units, step):
+        rows = slice(start, min(start + step, units))
+        for left in range(0, width, length):
+            columns = slice(left, min(left + length, width))
+            w, d = (one[:, : rows.stop - start, : columns.stop - left] for one in rooms)
+            bits = (*w.view(np.int32), *d.view(np.int32)) if halves == 2 else ()
+            first, end = left // _FEATURES, -(-columns.stop // _FEATURES)
+            parts = [tuple(sums[:, part, :, rows]) for part in range(first, end)]
+            yield _Block((rows, columns), w, d, bits, parts)
+
+
+def _sum_block(w: Rows, d: Rows, parts: Sequence[tuple[Rows, ...]]) -> None:
     """The sums a, e and c of a block of shape (halves, units, features).
 
-    `sums` has shape (3, parts of at most `_FEATURES` features, halves, units), or more parts.
+    `parts` takes them for at most `_FEATURES` features each.
     """
     x, y = w, d
-    for part, low in enumerate(range(0, w.shape[2], _FEATURES)):
-        a, e, c = sums[:, part]
-        if w.shape[2] > _FEATURES:
-            x, y = w[:, :, low : low + _FEATURES], d[:, :, low : low + _FEATURES]
+    for part, (a, e, c) in enumerate(parts):
+        if len(parts) > 1:
+            some = slice(part * _FEATURES, (part + 1) * _FEATURES)
+            x, y = w[:, :, some], d[:, :, some]
         np.vecdot(x, x, a)
         np.vecdot(y, x, e)
         np.vecdot(y, y, c)
 
 
-def _as_it_is(before: Tensor, after: Tensor, room: Rows) -> _Read:
+def _as_it_is(before: Tensor, after: Tensor) -> _Read:
     """Blocks that numpy reads where they lie."""
-    w_0, w_1 = before.numpy()[np.newaxis], after.numpy()[np.newaxis]
+    first, second = before.numpy(), after.numpy()
 
-    def read(rows: slice, columns: slice) -> tuple[Rows, Rows]:
-        w = w_0[:, rows, columns]
-        return w, np.subtract(w_1[:, rows, columns], w, room[:, : w.shape[1], : w.shape[2]])
+    def read(block: _Block) -> tuple[Rows, Rows]:
+        w = first[block.here]
+        np.subtract(second[block.here], w, block.d[0])
+        return w[np.newaxis], block.d
 
     return read
 
 
-def _converted(before: Tensor, after: Tensor, _room: Rows) -> _Read:
+def _converted(before: Tensor, after: Tensor) -> _Read:
     """Blocks that are converted one by one."""
 
-    def read(rows: slice, columns: slice) -> tuple[Rows, Rows]:
-        w, v = as_rows(before[rows, columns], "w"), as_rows(after[rows, columns], "v")
-        return w[np.newaxis], np.subtract(v, w, _scratch("v", v.shape, v.dtype))[np.newaxis]
+    def read(block: _Block) -> tuple[Rows, Rows]:
+        w, v = as_rows(before[block.here], "u"), as_rows(after[block.here], "v")
+        np.subtract(v, w, block.d[0])
+        return w[np.newaxis], block.d
 
     return read
 
 
-def _halves(before: Tensor, after: Tensor, room: Rows) -> _Read:
+def _halves(before: Tensor, after: Tensor) -> _Read:
     """Blocks of bfloat16: even and odd features become the halves.
 
     bfloat16 is the upper half of float32: a shift widens the lower of the two values in a word
     and a mask the upper. A sum does not mind the order, and this takes half as many passes.
     """
-    words = [weight.view(torch.int32).numpy() for weight in (before, after)]
-    whole = [_scratch("w", room.shape, _SINGLE), room]
-    bits = [tuple(values.view(np.int32)) for values in whole]
+    first, second = before.view(torch.int32).numpy(), after.view(torch.int32).numpy()
 
-    def read(rows: slice, columns: slice) -> tuple[Rows, Rows]:
-        found = []
-        for source, values, (lower, upper) in zip(words, whole, bits, strict=True):
-            block = source[rows, columns]
-            if block.shape != lower.shape:  # the last of its row or column
-                part = (slice(block.shape[0]), slice(block.shape[1]))
-                values, lower, upper = values[:, *part], lower[part], upper[part]
-            np.left_shift(block, 16, lower)
-            np.bitwise_and(block, _UPPER, upper)
-            found.append(values)
-        w, v = found
-        return w, np.subtract(v, w, v)
+    def read(block: _Block) -> tuple[Rows, Rows]:
+        w_words, v_words = first[block.here], second[block.here]
+        w_low, w_high, v_low, v_high = block.bits
+        np.left_shift(w_words, 16, w_low)
+        np.bitwise_and(w_words, _UPPER, w_high)
+        np.left_shift(v_words, 16, v_low)
+        np.bitwise_and(v_words, _UPPER, v_high)
+        np.subtract(block.d, block.w, block.d)
+        return block.w, block.d
 
     return read
 
@@ -295,6 +353,7 @@ def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         room = np.empty(size + _LINE, np.uint8)
         first = -room.ctypes.data % _LINE
         room = room[first : first + size]
+        _plans.__dict__.clear()  # they would hold the smaller buffer
     shaped = room[:size].view(dtype).reshape(shape)
     buffers[name] = room, shaped
     return shaped

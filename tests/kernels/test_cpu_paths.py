@@ -185,9 +185,9 @@ def test_numpy_sees_large_blocks_where_threads_share_python(
     sizes: list[int] = []
     original = blocks._sum_block
 
-    def counted(w: Any, d: Any, out: Any) -> None:
+    def counted(w: Any, d: Any, parts: Any) -> None:
         sizes.append(w.size)
-        original(w, d, out)
+        original(w, d, parts)
 
     monkeypatch.setattr(blocks, "_sum_block", counted)
     before, after = changed((4096, 1024), torch.float32)
@@ -240,6 +240,36 @@ def test_passes_over_a_small_matrix(
     assert passes == expected
     number = -(-elements // (3 << 15))
     assert len(calls) == number * (8 if dtype == torch.bfloat16 else 4)
+
+
+def test_plans_of_small_weights_are_kept_and_of_no_other() -> None:
+    """Views made once; never more than so many, and none of a buffer that is no longer used."""
+
+    def work() -> None:
+        kept = blocks._plans.__dict__
+        for count in (200, 100):  # the first needs the larger buffer
+            pair = changed((count, 96), torch.bfloat16)
+            assert_sums(sums(blocks, *pair), *pair)
+            first = dict(kept["made"])
+            assert_sums(sums(blocks, *pair), *pair)
+            assert all(kept["made"][key] is made for key, made in first.items())
+        assert len(kept["made"]) == 2
+        pair = changed((300, 98), torch.bfloat16)
+        assert_sums(sums(blocks, *pair), *pair)
+        assert len(kept["made"]) == 1
+        for one in next(iter(kept["made"].values()))[1]:
+            for name in ("w", "d"):
+                assert np.shares_memory(getattr(one, name), blocks._local.__dict__[name][0])
+        for count in range(1, blocks._KEPT_PLANS + 10):
+            pair = changed((count, 10), torch.float32)
+            assert_sums(sums(blocks, *pair), *pair)
+            assert len(kept.get("made", ())) <= blocks._KEPT_PLANS
+        large = torch.zeros(1100, 1000)
+        sums(blocks, large, large)
+        assert all(key[:2] != large.shape for key in kept.get("made", ()))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
 
 
 def test_core_works_without_extras() -> None:
