@@ -8,14 +8,19 @@ folder; the run directories that it leaves in `runs/` must hold weights that cha
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import sys
 import textwrap
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import dora_dynamics as dd
+from tests.conftest import PATIENCE
 
 README = Path(__file__).parent.parent / "README.md"
 _EXAMPLE = re.compile(
@@ -60,6 +65,24 @@ def run(example: Example, where: object) -> None:
         exec(compile("\n" * (line - 1) + code, str(where), "exec"), names)
 
 
+def run_apart(example: Example, where: object) -> None:
+    """Run an example in a process of its own: the threads of process groups end with it alone."""
+
+    def work() -> None:
+        try:
+            run(example, where)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0, "the example failed; its traceback is printed"
+
+
 def _of_readme() -> list[Example]:
     return examples(README.read_text(encoding="utf-8")) if README.exists() else []
 
@@ -74,7 +97,7 @@ def test_example(
     for package in example.needs:
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    run(example, README)
+    (run_apart if "init_process_group" in example.setup else run)(example, README)
     if "dd.diagnose(" in example.code:  # numbers differ between machines, the verdict does not
         verdict = capsys.readouterr().out.splitlines()[0]
         assert f"```text\n{verdict}\n" in README.read_text(encoding="utf-8")
