@@ -15,13 +15,14 @@ import dora_dynamics as dd
 from dora_dynamics.baseline import Baselines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
 
     Build = Callable[..., nn.Module]
     Train = Callable[..., list[float]]
+    LargestFile = Callable[[int | None], None]
 
 TARGETS = ["query", "value"]
 
@@ -59,7 +60,7 @@ def watched(
     model: nn.Module,
     train: Train,
     run: Path,
-    events: dict[int, Callable[[], object]],
+    events: Mapping[int, Callable[[], object]],
     **options: Any,
 ) -> tuple[dd.Recorder, list[float], list[str]]:
     """Trains; after these steps, these things happen. The losses, and what was warned of."""
@@ -79,12 +80,30 @@ def watched(
     return recorder, losses, [str(warning.message) for warning in caught]
 
 
+def assert_no_row_is_lost(recorder: dd.Recorder, run: Path, expected: pd.DataFrame) -> None:
+    for found in (recorder.trajectory, dd.load_runs(run)):
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
+@pytest.fixture
+def largest_file() -> Iterator[LargestFile]:
+    """Lets no file of this process grow beyond a size, as on a full disk; None ends that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+
+    yield limit
+    limit(None)
+
+
 @pytest.mark.usefixtures("beside")
 class TestFullDisk:
     @pytest.mark.parametrize("room", [0, 1, 700, 3000])
     def test_rows_wait_until_there_is_room(
         self,
         room: int,
+        largest_file: LargestFile,
         tmp_path: Path,
         tiny_transformer: Build,
         train: Train,
@@ -92,31 +111,26 @@ class TestFullDisk:
         uninterrupted: pd.DataFrame,
     ) -> None:
         run = tmp_path / "run"
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
         held: list[int] = []
 
         def fill() -> None:
-            size = (run / "trajectory.csv").stat().st_size + room
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            largest_file((run / "trajectory.csv").stat().st_size + room)
 
         def empty() -> None:
             held.append(len(dd.load_runs(run)))  # as another reader sees it: whole steps
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            largest_file(None)
 
-        try:
-            recorder, losses, said = watched(tiny_transformer(), train, run, {2: fill, 5: empty})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        recorder, losses, said = watched(tiny_transformer(), train, run, {2: fill, 5: empty})
         assert losses == unwatched
         assert len(said) == 1
         assert f"cannot write to {run}: File too large; training goes on" in said[0]
         assert 3 * 4 <= held[0] < 6 * 4
         assert held[0] % 4 == 0
-        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
-        pd.testing.assert_frame_equal(dd.load_runs(run), uninterrupted, check_exact=True)
+        assert_no_row_is_lost(recorder, run, uninterrupted)
 
     def test_that_stays_full_leaves_all_rows_in_memory(
         self,
+        largest_file: LargestFile,
         tmp_path: Path,
         tiny_transformer: Build,
         train: Train,
@@ -125,14 +139,10 @@ class TestFullDisk:
     ) -> None:
         run = tmp_path / "run"
         model = tiny_transformer()
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        limit: Any = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))  # noqa: E731
-        try:
-            recorder, losses, said = watched(model, train, run, {1: limit})
-            assert len(said) == 1
-            pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        recorder, losses, said = watched(model, train, run, {1: lambda: largest_file(2500)})
+        assert len(said) == 1
+        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        largest_file(None)
         assert losses == unwatched
         assert len(dd.load_runs(run)) == 2 * 4
         recorder.step += 1
@@ -141,23 +151,18 @@ class TestFullDisk:
         assert len(dd.load_runs(run)) == 8 * 4
 
     def test_kept_files_are_missed_and_that_is_said(
-        self, tmp_path: Path, tiny_transformer: Build, train: Train, uninterrupted: pd.DataFrame
+        self,
+        largest_file: LargestFile,
+        tmp_path: Path,
+        tiny_transformer: Build,
+        train: Train,
+        uninterrupted: pd.DataFrame,
     ) -> None:
         run = tmp_path / "run"
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-        def fill() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
-
-        def empty() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-        try:
-            recorder, _, said = watched(
-                tiny_transformer(), train, run, {2: fill, 4: empty}, keep=["units", "weights"]
-            )
-        finally:
-            empty()
+        events = {2: lambda: largest_file(200), 4: lambda: largest_file(None)}
+        recorder, _, said = watched(
+            tiny_transformer(), train, run, events, keep=["units", "weights"]
+        )
         assert sorted(message.split()[0] for message in said) == ["cannot", "the"]
         assert any("units and weights of step 3 could not be kept" in message for message in said)
         pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
@@ -165,15 +170,12 @@ class TestFullDisk:
         assert kept == [f"step-{step}.safetensors" for step in (0, 1, 2, 5, 6)]
         assert dd.load_units(run, 5)
 
-    def test_strict_raises(self, tmp_path: Path, tiny_transformer: Build, train: Train) -> None:
-        run = tmp_path / "run"
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        limit: Any = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))  # noqa: E731
-        try:
-            with pytest.raises(OSError, match="File too large"):
-                watched(tiny_transformer(), train, run, {1: limit}, strict=True)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    def test_strict_raises(
+        self, largest_file: LargestFile, tmp_path: Path, tiny_transformer: Build, train: Train
+    ) -> None:
+        run, events = tmp_path / "run", {1: lambda: largest_file(2500)}
+        with pytest.raises(OSError, match="File too large"):
+            watched(tiny_transformer(), train, run, events, strict=True)
 
 
 @pytest.mark.usefixtures("beside")
@@ -195,8 +197,7 @@ class TestRemovedFolder:
             f"{run} was removed while it was recorded: it was made again with all its rows, "
             "without the units and weights that were kept."
         ]
-        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
-        pd.testing.assert_frame_equal(dd.load_runs(run), uninterrupted, check_exact=True)
+        assert_no_row_is_lost(recorder, run, uninterrupted)
         assert sorted(path.name for path in run.iterdir()) == ["run.json", "trajectory.csv"]
 
     def test_is_made_again_when_it_can_be(
@@ -218,8 +219,7 @@ class TestRemovedFolder:
         assert losses == unwatched
         assert len(said) == 1
         assert "No such file or directory; training goes on" in said[0]
-        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
-        pd.testing.assert_frame_equal(dd.load_runs(run), uninterrupted, check_exact=True)
+        assert_no_row_is_lost(recorder, run, uninterrupted)
 
     def test_another_run_in_its_place_is_left_alone(
         self,
