@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -164,6 +164,8 @@ class Case:
             return self.config(model)
         if options.get("init_lora_weights") in ("corda", "lora_ga"):
             return _prepared(self, model, options)
+        if options.get("init_lora_weights") == "eva":
+            return _with_data(self, peft.get_peft_model(model, self.config(**options)))
         if options.get("init_lora_weights") == "loftq":
             with OnCpu():
                 return peft.get_peft_model(model, self.config(**options))
@@ -177,6 +179,17 @@ class OnCpu(TorchFunctionMode):
         args, kwargs = tree_map(lambda x: "cpu" if isinstance(x, str) and x == "cuda" else x,
                                 (args, kwargs or {}))  # fmt: skip
         return func(*args, **kwargs)
+
+
+def _with_data(case: Case, adapted: Any) -> Any:
+    """EVA takes its A from what the layers are given."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [case.model.batch(generator).flatten(0, 1) for _ in range(4)]  # type: ignore[attr-defined]
+    peft.initialize_lora_eva_weights(
+        adapted, batches, forward_fn=lambda model, batch: model(batch),
+        prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False,
+    )  # fmt: skip
+    return adapted
 
 
 def _prepared(case: Case, model: nn.Module, options: dict[str, Any]) -> Any:
@@ -316,7 +329,7 @@ CASES: dict[str, list[Case]] = {
         _lora("pissa niter", init_lora_weights="pissa_niter_4"),
         _lora("pissa dora", init_lora_weights="pissa", use_dora=True),
         _lora("olora", init_lora_weights="olora"),
-        _lora("eva", init_lora_weights="eva"),
+        _lora("eva", init_lora_weights="eva", eva_config=EvaConfig()),
         _lora("corda", init_lora_weights="corda",
               corda_config=CordaConfig()),
         _lora("lora_ga", init_lora_weights="lora_ga",

@@ -31,7 +31,6 @@ pytestmark = [
         "Failed to load the CUDA extension",
         "Setting boft_n_butterfly_factor to 1",
         "lora with eva initialization used with low_cpu_mem_usage=False",
-        "`init_lora_weights` is 'eva' but `eva_config` is not specified",
         "`lora_bias=True` was passed but the targeted layer",
         "aLoRA is currently only supported for CAUSAL_LM task",
         "Unsupported layer type .*LayerNorm",
