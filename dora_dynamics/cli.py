@@ -14,6 +14,7 @@ import click
 
 from dora_dynamics import __version__
 from dora_dynamics.errors import InputError
+from dora_dynamics.shown_text import in_one_line
 
 COMMANDS: Final = {
     "compare": "Measure how checkpoints differ from their base.",
@@ -64,11 +65,11 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {in_one_line(str(error))}", err=True)
             sys.exit(2)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"Error: {where}{error.strerror or error}", err=True)
+            click.echo(f"Error: {in_one_line(f'{where}{error.strerror or error}')}", err=True)
             sys.exit(1)
 
 

@@ -12,11 +12,11 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import pandas as pd
 
-from dora_dynamics import provenance, trajectory_csv
+from dora_dynamics import provenance, strict_json, trajectory_csv
 from dora_dynamics.decomposition import Axis
 from dora_dynamics.run_files import INFO_LIMIT, TABLE_LIMIT, checked_path, opened
 from dora_dynamics.run_files import RunDirectoryError as RunDirectoryError
@@ -203,16 +203,16 @@ def read_info(path: StrPath) -> RunInfo:
     file = Path(path) / RUN_FILE
     try:
         with opened(Path(path), RUN_FILE, INFO_LIMIT) as stream:
-            text = stream.read(INFO_LIMIT + 1).decode("utf-8")
-        content = json.loads(text, parse_constant=_no_number)
-        json.dumps(content, ensure_ascii=False).encode("utf-8")  # no half characters
+            content = strict_json.parsed(stream.read(INFO_LIMIT + 1))
+    except strict_json.DuplicateKeyError as error:
+        raise RunDirectoryError(f"{file} holds {error} twice: keep one of the two.") from error
     except RunDirectoryError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _no_run(path, RUN_FILE) from error
     except OSError as error:
         raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RunDirectoryError(f"{file} cannot be read: {_one_line(error)}.") from error
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise RunDirectoryError(
@@ -255,10 +255,6 @@ def _impossible(file: Path, name: str, value: object) -> RunDirectoryError:
     )
 
 
-def _no_number(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -275,7 +271,9 @@ def read_run(path: StrPath) -> pd.DataFrame:
     file = Path(path) / TRAJECTORY_FILE
     try:
         with opened(Path(path), TRAJECTORY_FILE, TABLE_LIMIT) as stream:
-            return trajectory_csv.parsed(stream)
+            table = trajectory_csv.parsed(stream)
+        trajectory_csv.refuse_repeated(table)
+        return table
     except RunDirectoryError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -305,7 +303,10 @@ def load_runs(paths: StrPath | Iterable[StrPath]) -> pd.DataFrame:
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not paths:
         raise RunDirectoryError("no run directory was given.")
-    places = [Path(path).resolve() for path in paths]
+    try:
+        places = [Path(path).resolve() for path in paths]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunDirectoryError(f"a path cannot be used: {_one_line(error)}.") from error
     twice = [Path(p) for p, place in zip(paths, places, strict=True) if places.count(place) > 1]
     if twice:
         raise RunDirectoryError(f"{twice[0]} is given more than once.")

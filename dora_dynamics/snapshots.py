@@ -7,6 +7,8 @@ to know at step N: the full effective weight, or LoRA's and DoRA's factors.
 from __future__ import annotations
 
 import json
+import os
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
@@ -19,6 +21,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 
+from dora_dynamics import strict_json
 from dora_dynamics.decomposition import AXES, Axis, UnitChange
 from dora_dynamics.effective import Dense, EffectiveWeight, LowRank
 from dora_dynamics.errors import InputError
@@ -41,6 +44,14 @@ BASELINE_FILE: Final = "baseline.safetensors"
 _BY_COLUMN: Final = "by_column"
 """Entry of a file's metadata: the matrices to lay column by column again when they are read."""
 _UNIT_ARRAYS: Final = tuple(f.name for f in fields(UnitChange))
+_POSSIBLE: Final = {
+    "magnitude_before": (0.0, np.inf),
+    "magnitude_after": (0.0, np.inf),
+    "one_minus_cosine": (0.0, 2.0),
+}
+_ROUNDING: Final = 1e-9
+_UNITS_LIMIT: Final = 1 << 32
+"""Bytes of the largest file of units that is read: those of 400 billion weights take a tenth."""
 
 
 def has_baseline(directory: Path | None) -> bool:
@@ -91,6 +102,8 @@ def load_units(path: StrPath, step: int) -> dict[str, UnitChange]:
         RunDirectoryError: the run kept none at that step.
     """
     path = _existing(_step_file(Path(path), "units", step))
+    if path.stat().st_size > _UNITS_LIMIT:
+        raise RunDirectoryError(f"{path} is too large to be the units of a run.")
     try:
         arrays = safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
@@ -102,6 +115,9 @@ def load_units(path: StrPath, step: int) -> dict[str, UnitChange]:
 
 def _units_of(site: str, arrays: Mapping[str, NDArray[np.float64]]) -> UnitChange:
     found = {name: _float64(arrays[f"{site}.{name}"]) for name in _UNIT_ARRAYS}
+    for name, (lowest, highest) in _POSSIBLE.items():
+        if (found[name] < lowest - _ROUNDING).any() or (found[name] > highest + _ROUNDING).any():
+            raise ValueError(f"its {name} of {site} holds what no measurement gives")
     if len({array.shape for array in found.values()}) != 1 or found[_UNIT_ARRAYS[0]].ndim != 1:
         raise ValueError(f"its arrays of {site} do not fit each other")
     return UnitChange(**found)
@@ -122,7 +138,7 @@ def load_weights(path: StrPath, step: int) -> dict[str, EffectiveWeight]:
                 float(scaling),
                 tensors.get(f"{site}.magnitude"),
             )
-            for site, scaling in json.loads(metadata["scaling"]).items()
+            for site, scaling in strict_json.parsed(metadata["scaling"]).items()
         }
     for key, tensor in tensors.items():
         site, _, kind = key.rpartition(".")
@@ -139,7 +155,7 @@ def load_baseline(path: StrPath) -> dict[Site, Tensor]:
     """
     tensors, metadata = _load(Path(path) / "weights" / BASELINE_FILE)
     with _understood(Path(path)):
-        sites = [Site(**description) for description in json.loads(metadata["sites"])]
+        sites = [Site(**description) for description in strict_json.parsed(metadata["sites"])]
         return {site: tensors[site.tensor] for site in sites}
 
 
@@ -198,6 +214,13 @@ def remeasure(path: StrPath, axis: Axis | None = None) -> pd.DataFrame:
     return to_table(rows)
 
 
+def kept_steps(directory: Path, kind: str) -> list[int]:
+    """The steps of which a run kept "units" or "weights", in order."""
+    files = (directory / kind).glob("step-*.safetensors")
+    names = (file.stem.removeprefix("step-") for file in files)
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,15}", name))
+
+
 def _step_file(directory: Path, kind: str, step: int) -> Path:
     return directory / kind / f"step-{step}.safetensors"
 
@@ -230,10 +253,12 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         existing = _existing(path)
+        if existing.stat().st_size > _memory():
+            raise RunDirectoryError(f"{path} is larger than the memory of this machine.")
         with _understood(path), safetensors.safe_open(existing, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            for name in json.loads(metadata.get(_BY_COLUMN, "[]")):
+            for name in strict_json.parsed(metadata.get(_BY_COLUMN, "[]")):
                 tensors[name] = tensors[name].T.contiguous().T
             return tensors, metadata
     except safetensors.SafetensorError as error:
@@ -249,6 +274,14 @@ def _understood(path: Path) -> Iterator[None]:
         if isinstance(error, RunDirectoryError):
             raise
         raise _unreadable(path, error) from error
+
+
+def _memory() -> float:
+    """Bytes of memory that the machine has, Inf where it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
 
 
 def _is_by_column(tensor: Tensor) -> bool:
@@ -269,8 +302,7 @@ def _existing(path: Path) -> Path:
             raise RunDirectoryError(f"{path} cannot be read: it is no regular file.")
         return checked_path(path, path.parent.parent)
     kind = path.parent.name
-    names = (file.stem.removeprefix("step-") for file in path.parent.glob("step-*.safetensors"))
-    steps = sorted(int(name) for name in names if name.isdecimal())
+    steps = kept_steps(path.parent.parent, kind)
     if not steps:
         raise RunDirectoryError(f"{path} does not exist: record the run with keep={kind!r}.")
     listed = ", ".join(map(str, steps))

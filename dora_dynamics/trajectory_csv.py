@@ -24,6 +24,8 @@ TRAJECTORY_FILE: Final = "trajectory.csv"
 
 _LINE_LIMIT: Final = 1 << 20
 """Bytes of the longest line."""
+_LONGEST_TEXT: Final = 10_000
+"""Characters of a name: of a run, a module, …"""
 _AT_A_TIME: Final = 20_000
 """Rows that are text in memory together while a table is read."""
 _LARGEST_INTEGER: Final = 2**53
@@ -103,6 +105,21 @@ def parsed(stream: BinaryIO) -> pd.DataFrame:
     return filled[0] if len(filled) == 1 else pd.concat(filled, ignore_index=True)
 
 
+def refuse_repeated(table: pd.DataFrame) -> None:
+    """Refuse two rows of one weight at one step, which would count twice in every statistic.
+
+    Raises:
+        TrajectoryError: there are such rows.
+    """
+    repeated = table.duplicated(["run", "method", "step", "site", "role", "head"])
+    if repeated.any():
+        row = table[repeated].iloc[0]
+        raise TrajectoryError(
+            f"two rows are of {row['site'][:80]!r} at step {row['step']}: keep the one that was "
+            "measured."
+        )
+
+
 def complete_lines(stream: BinaryIO) -> Iterator[str]:
     """The lines of a stream that have their line end.
 
@@ -135,6 +152,8 @@ def _converters(names: list[str]) -> list[Callable[[str], object]]:
     seen: dict[str, str] = {}
 
     def text(value: str) -> str:
+        if len(value) > _LONGEST_TEXT:
+            raise TrajectoryError(f"a text of {len(value):,} characters is no name.")
         value = value[1:] if value.startswith("'") and _FORMULA.match(value) else value
         return seen.setdefault(value, value)  # names come again in every row
 

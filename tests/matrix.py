@@ -1,7 +1,9 @@
 """The tests under the oldest and the newest versions that install here: `python -m tests.matrix`.
 
-Each environment is made anew with pip, runs `TESTS`, and has its row in the table of
-CONTRIBUTING.md. What does not install is a row, too. Run it before a release, on a quiet machine.
+Each environment is made anew with pip, of the Python that it names (found on the PATH or among
+pyenv's), runs `TESTS`, and has its row in the table of CONTRIBUTING.md. What does not install is a
+row, too. Run it before a release, on a quiet machine. `--python FILE` takes an environment that is
+there already in place of the first that is named.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 from typing import Final
 
@@ -26,14 +28,14 @@ OLDEST: Final = (
     "matplotlib==3.9.*",
     "scipy==1.13.*",
     "safetensors==0.5.*",
-    "transformers==4.50.*",
-    "peft==0.15.*",
+    "transformers==4.53.*",
+    "peft==0.18.*",
     "accelerate==1.0.*",
 )
-ENVIRONMENTS: Final[dict[str, tuple[str, ...]]] = {
-    "oldest": ("torch==2.6.*", *OLDEST),
-    "oldest, newest torch": OLDEST,
-    "newest": PACKAGES,
+ENVIRONMENTS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    "oldest": ("3.11", ("torch==2.6.*", *OLDEST)),
+    "oldest, newest torch": ("3.11", OLDEST),
+    "newest": ("3.13", PACKAGES),
 }
 TESTS: Final = (
     "tests/robustness",
@@ -57,7 +59,9 @@ def main() -> None:
     """Run the environments that are named, all by default, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *ENVIRONMENTS])
-    names = parser.parse_args().names or list(ENVIRONMENTS)
+    parser.add_argument("--python", type=Path, help="interpreter of an environment that is there")
+    arguments = parser.parse_args()
+    names = arguments.names or list(ENVIRONMENTS)
     file = ROOT / "CONTRIBUTING.md"
     text = file.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
@@ -65,7 +69,8 @@ def main() -> None:
     rows = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("|")}
     rows = {name: line for name, line in rows.items() if name in ENVIRONMENTS}
     for name in names:
-        rows[name] = row_of(name, ENVIRONMENTS[name])
+        rows[name] = row_of(name, *ENVIRONMENTS[name], made=arguments.python)
+        arguments.python = None
         print(rows[name], flush=True)
     title = f"| environment | Python | {' | '.join(PACKAGES)} | tests | on |"
     lines = [title, "|" + "---|" * (len(PACKAGES) + 4)]
@@ -74,22 +79,33 @@ def main() -> None:
     file.write_text(f"{head}{BEGIN}{table}{END}{tail}", encoding="utf-8")
 
 
-def row_of(name: str, pins: tuple[str, ...]) -> str:
+def row_of(name: str, version: str, pins: tuple[str, ...], made: Path | None = None) -> str:
     """Make the environment, run the tests in it, and say how that went."""
     with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)
-        python = str(Path(folder) / "bin" / "python")
-        command = [python, "-m", "pip", "install", "--quiet", "-e", f"{ROOT}[hf]"]
-        install = [*command, *pins, "pytest>=8.3", "pytest-xdist", "hypothesis>=6.100"]
-        done = subprocess.run(install, capture_output=True, text=True, check=False)
-        if done.returncode:
+        python = str(made or Path(folder) / "bin" / "python")
+        if made is None and not installed(folder, version, pins):
             result, versions = "does not install here", ["–"] * (len(PACKAGES) + 1)
-            print(done.stderr[-2000:], file=sys.stderr)
         else:
             versions = versions_in(python)
             result = tested(python)
     on = f"{now()[:10]}, {machine()}"
     return f"| {name} | {' | '.join(versions)} | {result} | {on} |"
+
+
+def installed(folder: str, version: str, pins: tuple[str, ...]) -> bool:
+    """Make an environment in a folder; whether all of it installed."""
+    found = shutil.which(f"python{version}")
+    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    if found is None and not pyenv:
+        print(f"there is no Python {version} here", file=sys.stderr)
+        return False
+    subprocess.run([str(pyenv[-1]) if pyenv else str(found), "-m", "venv", folder], check=True)
+    python = str(Path(folder) / "bin" / "python")
+    command = [python, "-m", "pip", "install", "--quiet", "-e", f"{ROOT}[hf,report]"]
+    install = [*command, *pins, "pytest>=8.3", "pytest-xdist", "hypothesis>=6.100"]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    print(done.stderr[-2000:], file=sys.stderr)
+    return done.returncode == 0
 
 
 def versions_in(python: str) -> list[str]:

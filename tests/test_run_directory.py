@@ -80,7 +80,8 @@ class TestRoundTrip:
         bits = rng.integers(0, 2**63, size=400, dtype=np.int64).view(np.float64)
         values = [*bits[np.isfinite(bits)], 5e-324, 1.7976931348623157e308, -0.0, 0.1 + 0.2]
         content = [
-            r | {"total_decay": float(v)} for r, v in zip(rows() * 200, values, strict=False)
+            r | {"total_decay": float(v), "step": step}
+            for step, (r, v) in enumerate(zip(rows() * 200, values, strict=False))
         ]
         read = read_run(make_run("run", content))["total_decay"].to_numpy()
         np.testing.assert_array_equal(read.view(np.int64), np.array(values).view(np.int64))

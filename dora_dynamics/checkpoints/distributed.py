@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
-from dora_dynamics.checkpoints.errors import CheckpointError, first_line
+from dora_dynamics.checkpoints.errors import CheckpointError, first_line, regular
 from dora_dynamics.checkpoints.restricted_pickle import Record, RestrictedUnpickler, StorageKind
 from dora_dynamics.checkpoints.safetensors_file import map_tensor
 from dora_dynamics.checkpoints.stored import Contents, StoredTensor
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA: Final = ".metadata"
+_METADATA_LIMIT: Final = 1 << 30
+"""Bytes of the largest metadata that is read: those of 400 billion weights on 1,000 devices fit."""
 _LOCAL_HEADER: Final = struct.Struct("<4s22xHH")
 
 
@@ -68,8 +71,10 @@ def read_distributed(folder: Path) -> Contents:
 
 def _read_metadata(path: Path) -> Record:
     try:
-        with path.open("rb") as file:
+        with regular(path, _METADATA_LIMIT).open("rb") as file:
             content = RestrictedUnpickler(file).load()
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # a damaged pickle can raise anything
@@ -143,7 +148,7 @@ def _tensor(
             raise _malformed(folder, f"its metadata does not say where {name!r} is")
         pieces.append(_Chunk(offsets, sizes, *place))
     covered = sum(_count(piece.sizes) for piece in pieces)
-    if covered != _count(shape):
+    if covered != _count(shape) or _overlap(pieces):
         raise _malformed(folder, f"the chunks of {name!r} do not make up the whole of it")
     blocks: tuple[tuple[int, Callable[[], Tensor]], ...] = ()
     whole_rows = [piece for piece in pieces if piece.sizes[1:] == shape[1:] and piece.sizes[:1]]
@@ -155,6 +160,17 @@ def _tensor(
             if _count(piece.sizes)
         )
     return StoredTensor(shape, dtype, lambda: _assemble(shape, dtype, pieces), folder, blocks)
+
+
+def _overlap(pieces: list[_Chunk]) -> bool:
+    """Whether two pieces hold the same element of their tensor."""
+    filled = [piece for piece in pieces if _count(piece.sizes)]
+    begins = np.array([piece.offsets for piece in filled], dtype=np.int64)
+    ends = begins + np.array([piece.sizes for piece in filled], dtype=np.int64)
+    return any(
+        bool(((begins[n + 1 :] < ends[n]) & (ends[n + 1 :] > begins[n])).all(1).any())
+        for n in range(len(filled) - 1)
+    )
 
 
 def _assemble(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Chunk]) -> Tensor:

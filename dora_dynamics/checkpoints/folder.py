@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from dora_dynamics.checkpoints.errors import CheckpointError
+from dora_dynamics import strict_json
+from dora_dynamics.checkpoints.errors import CheckpointError, first_line, regular
 from dora_dynamics.checkpoints.safetensors_file import read_safetensors
 from dora_dynamics.checkpoints.stored import Contents, StoredTensor, merge_tensors
 from dora_dynamics.checkpoints.torch_file import read_torch
@@ -33,15 +33,15 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read or is no object.
     """
     try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise CheckpointError(f"{path} is too large to be what its name says.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.parsed(regular(path, _JSON_LIMIT).read_bytes(), finite=False)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is not JSON: copy or save it again.") from error
+        raise CheckpointError(
+            f"{path} is not JSON of one meaning ({first_line(error)}): copy or save it again."
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object: copy or save it again.")
     return content

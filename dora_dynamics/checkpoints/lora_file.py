@@ -8,11 +8,11 @@ dimension of size 1 for every dimension its norm was taken over, which tells the
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from dora_dynamics import strict_json
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.lycoris import Layer, layer_update
 
@@ -58,6 +58,7 @@ _OTHER_LYCORIS: Final = {
     "on_input": "(IA)³",
 }
 """How to tell LyCORIS's other kinds, whose formulas are not read from files."""
+_MOST_RANK: Final = 1 << 20
 _OLD_DIFFUSERS: Final = re.compile(r"^(.*)\.processor\.(to_\w+)_lora\.(down|up)\.weight$")
 _COMPONENTS: Final = {
     "lora_unet_": "unet.",
@@ -117,7 +118,7 @@ def read_lora_file(contents: Contents, base: Mapping[str, StoredTensor]) -> Adap
         else:
             groups.setdefault(owner, {})[part] = tensor
     _refuse_unreadable(contents)
-    scalings = _metadata_scalings(contents.metadata)
+    scalings = _metadata_scalings(contents.metadata, contents.path)
     modules = {name.removesuffix(".weight") for name in base if name.endswith(".weight")}
     finder = _Finder(modules)
     updates: dict[str, Update] = {}
@@ -223,21 +224,24 @@ def _only(found: set[str], name: str, where: object) -> str | None:
     return next(iter(found), None)
 
 
-def _metadata_scalings(metadata: Mapping[str, str]) -> dict[str, float]:
+def _metadata_scalings(metadata: Mapping[str, str], where: object) -> dict[str, float]:
     """Scaling by component ("unet", "transformer", "") where diffusers wrote its LoraConfig."""
     text = metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
+        content = strict_json.parsed(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where}: its lora_adapter_metadata, which has the scaling, is not JSON of one "
+            f"meaning ({error}): save it again."
+        ) from error
     scalings: dict[str, float] = {}
     for key in content if isinstance(content, dict) else ():
         if key == "r" or key.endswith(".r"):
             component = key[:-1]
             rank, alpha = content[key], content.get(f"{component}lora_alpha")
-            if isinstance(rank, int) and isinstance(alpha, (int, float)) and rank > 0:
+            if type(rank) is int and type(alpha) in (int, float) and 0 < rank < _MOST_RANK:
                 root = content.get(f"{component}use_rslora")
                 scalings[component] = float(alpha) / (rank**0.5 if root else rank)
     return scalings

@@ -28,6 +28,8 @@ TRAINER_STATE: Final = "trainer_state.json"
 PIPELINE_INDEX: Final = "model_index.json"
 LORA_WEIGHTS: Final = "pytorch_lora_weights.safetensors"
 _FSDP_FOLDER: Final = "pytorch_model_fsdp_0"
+_LONGEST_NAME: Final = 1000
+LARGEST_STEP: Final = 2**53
 _STEP: Final = re.compile(r"(?:^|[^a-z])(?:checkpoint|global_?step|steps?|ckpt|iter)[-_=]?(\d+)")
 _NUMBER: Final = re.compile(r"^(?:.*[-_.])?(\d+)$")
 
@@ -44,7 +46,14 @@ def open_checkpoint(path: Path) -> Contents:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     if not exists:
         raise CheckpointError(f"{path} does not exist.")
-    return _open_folder(path) if is_folder else _open_file(path)
+    contents = _open_folder(path) if is_folder else _open_file(path)
+    for name in contents.tensors:
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise CheckpointError(
+                f"{path} holds a tensor of the name {name[:80]!r}, which no module has: save it "
+                "again."
+            )
+    return contents
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -58,9 +67,9 @@ def step_of(path: Path, contents: Contents) -> int | None:
     state_file = path / TRAINER_STATE
     if state_file.is_file():
         step = read_json(state_file).get("global_step")
-        if type(step) is int and step >= 0:
+        if type(step) is int and 0 <= step <= LARGEST_STEP:
             return step
-    if contents.step is not None and contents.step >= 0:
+    if contents.step is not None and 0 <= contents.step <= LARGEST_STEP:
         return contents.step
     return step_in_name(path)
 

@@ -13,7 +13,12 @@ import torch
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.lora_file import Adapted
 from dora_dynamics.checkpoints.naming import align, plain
-from dora_dynamics.checkpoints.peft_layer import LAYERWISE, LayerRecipe, need_peft
+from dora_dynamics.checkpoints.peft_layer import (
+    LAYERWISE,
+    LayerRecipe,
+    need_peft,
+    refuse_absurd_sizes,
+)
 from dora_dynamics.checkpoints.updates import Built, Factors, Rebased, Replaced
 
 if TYPE_CHECKING:
@@ -29,6 +34,12 @@ _LORA_PARTS: Final = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
+_LARGEST_ALPHA: Final = 1e30
+"""Of `lora_alpha`: far beyond any, and still finite where it is multiplied."""
+_REPEAT: Final = re.compile(r"(?<!\()[*+?{]")
+_REPEATED_GROUP: Final = re.compile(r"\)[*+{]")
+_MOST_REPEATS: Final = 4
+_LONGEST_PATTERN: Final = 1000
 _BELOW: Final = ".base_layer.weight"
 _TRAINED_TOKENS: Final = "token_adapter.trainable_tokens_delta"
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -116,6 +127,7 @@ def _built(
     need_peft(contents)
     weights = {module: found.below.get(module, base[f"{module}.weight"]) for module in found.layers}
     shapes = [weight.shape for weight in weights.values()]
+    refuse_absurd_sizes(contents, shapes)
     largest = (max((s[-1] for s in shapes), default=1), max((s[0] for s in shapes), default=1))
     shared = {found.unmatched[name]: contents.tensors[found.unmatched[name]]
               for name in found.unmatched}  # fmt: skip
@@ -245,6 +257,12 @@ def _lora(
     module: str, tensors: Mapping[str, StoredTensor], contents: Contents, base: StoredTensor
 ) -> Factors:
     config, where = contents.adapter_config, contents.path
+    chosen = config.get("target_modules")
+    if isinstance(chosen, list) and not any(f".{module}".endswith(f".{c}") for c in chosen):
+        raise CheckpointError(
+            f"{where} has factors of {module}, which the target_modules of its adapter_config.json "
+            "do not name, so that PEFT would leave them out: the two files do not belong together."
+        )
     parts = {_LORA_PARTS[name]: t for name, t in tensors.items() if name in _LORA_PARTS}
     embedding = "embedding_A" in parts
     first, second = ("embedding_A", "embedding_B") if embedding else ("A", "B")
@@ -333,12 +351,12 @@ def _check_factors(
 
 def _scaling(module: str, rank: int, contents: Contents) -> float:
     """The factor alpha / rank (alpha / √rank with rsLoRA), with the alpha that this layer has."""
-    config = contents.adapter_config
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    declared = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or alpha - alpha != 0:
+    config, where = contents.adapter_config, contents.path
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"), where)
+    declared = _by_pattern(config.get("rank_pattern"), module, config.get("r"), where)
+    if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:  # type: ignore[arg-type]
         raise CheckpointError(f"{contents.path}: its lora_alpha is {alpha!r}, not a number.")
-    if declared != rank:
+    if type(declared) is not int or declared != rank:
         raise CheckpointError(
             f"{contents.path}: {module} has rank {rank} but adapter_config.json says {declared!r}: "
             "the two files do not belong together."
@@ -346,10 +364,19 @@ def _scaling(module: str, rank: int, contents: Contents) -> float:
     return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: object, module: str, default: object) -> object:
+def _by_pattern(patterns: object, module: str, default: object, where: object) -> object:
     """PEFT's rule: the first key that matches the end of the path, whole components only."""
     if isinstance(patterns, Mapping):
         for key, value in patterns.items():
+            if (
+                len(key) > _LONGEST_PATTERN
+                or len(_REPEAT.findall(key)) > _MOST_REPEATS
+                or _REPEATED_GROUP.search(key)
+            ):
+                raise CheckpointError(
+                    f"{where}: the pattern {key[:80]!r} of its adapter_config.json could take "
+                    "forever to match: name the modules by the ends of their paths."
+                )
             try:
                 if re.match(rf"(.*\.)?({key})$", module):
                     return value

@@ -8,6 +8,7 @@ each.
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import warnings
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dora_dynamics.checkpoints.errors import CheckpointError, first_line
 from dora_dynamics.checkpoints.updates import Built
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -48,6 +49,12 @@ _WHOLE_MODEL: Final = (
     "trainable_token_indices",
     "task_type",
 )
+_IMPORTS: Final = ("megatron_config",)
+"""Settings with which PEFT imports a module that the adapter names."""
+_SIZE: Final = re.compile(
+    r"r|\w+_r|(\w+_)?rank|\w*(block|factor|num|length|frequency|size|depth)\w*"
+)
+_AT_LEAST: Final = 4096
 _one_at_a_time = threading.Lock()
 
 
@@ -126,12 +133,36 @@ def layer_config(contents: Contents, targets: list[str]) -> Any:
     config = copy.deepcopy(
         PeftConfig.from_peft_type(**contents.adapter_config)  # type: ignore[no-untyped-call]
     )
-    for name in _WHOLE_MODEL:
+    for name in (*_WHOLE_MODEL, *_IMPORTS):
         if hasattr(config, name):
             setattr(config, name, None)
     config.target_modules = targets
     config.inference_mode = False
     return config
+
+
+def refuse_absurd_sizes(contents: Contents, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse settings that would build layers far larger than the tensors there are.
+
+    Args:
+        contents: the adapter.
+        shapes: of the weights that it adapts.
+
+    Raises:
+        CheckpointError: there is such a setting.
+    """
+    stored = (tensor.shape for tensor in contents.tensors.values())
+    largest = max((size for shape in (*shapes, *stored) for size in shape), default=1)
+    for name, value in contents.adapter_config.items():
+        values = list(value.values()) if isinstance(value, dict) else [value]
+        sizes = [v for v in values if type(v) is int]
+        if (name == "rank_pattern" or _SIZE.fullmatch(name)) and any(
+            abs(size) > max(_AT_LEAST, 16 * largest) for size in sizes
+        ):
+            raise CheckpointError(
+                f"{contents.path}: the {name} of its adapter_config.json is far beyond the size of "
+                "its tensors: the two files do not belong together."
+            )
 
 
 def need_peft(contents: Contents) -> None:

@@ -16,7 +16,7 @@ from dora_dynamics.checkpoints.discover import expand, hub_name, locate
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.checkpoints.lora_file import Adapted, read_lora_file
 from dora_dynamics.checkpoints.naming import align, plain_names
-from dora_dynamics.checkpoints.opening import open_checkpoint, step_of
+from dora_dynamics.checkpoints.opening import LARGEST_STEP, open_checkpoint, step_of
 from dora_dynamics.checkpoints.peft_adapter import named_base, read_peft_adapter
 from dora_dynamics.checkpoints.updates import Rebased, Replaced, is_built
 
@@ -323,6 +323,9 @@ def _steps(paths: Sequence[Path], given: Sequence[int] | None) -> list[int]:
             raise CheckpointError(
                 f"{len(given)} steps were given for {len(paths)} checkpoints: give one for each."
             )
+        wrong = next((step for step in given if not 0 <= step <= LARGEST_STEP), None)
+        if wrong is not None:
+            raise CheckpointError(f"a step cannot be {wrong}: it counts the optimizer's steps.")
         steps: list[int | None] = list(given)
     else:
         steps = [_step(path) for path in paths]

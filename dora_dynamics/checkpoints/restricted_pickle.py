@@ -1,7 +1,9 @@
 """A pickle reader that can build nothing but data: what torch's distributed metadata needs.
 
 Every class in the pickle becomes an inert `Record` that only remembers what it was made from, so
-that opening a file never runs code of the file's choosing.
+that opening a file never runs code of the file's choosing. The reader is Python's own, written in
+Python: the one in C lets a few bytes claim gigabytes (an index into its memo), and neither minds
+a tuple of tuples of tuples that is built in no time and takes forever to hash.
 """
 
 from __future__ import annotations
@@ -30,6 +32,14 @@ _STORAGES: Final = {
 }
 
 
+_HEAVIEST: Final = 1_000_000
+"""Values that a tuple may stand for: hashing it takes as many steps."""
+
+
+class HeavyTupleError(pickle.UnpicklingError):
+    """A tuple of the pickle would take too long to hash."""
+
+
 class Record:
     """An object of the pickle, known only by the state it was made from."""
 
@@ -56,7 +66,7 @@ class StorageKind:
         self.dtype = dtype
 
 
-class RestrictedUnpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     """Reads plain containers, torch dtypes and `Record`s; raises on any other global.
 
     Args:
@@ -73,6 +83,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         storage: Callable[[Any], object] | None = None,
     ) -> None:
         super().__init__(file)
+        self._weights: dict[int, tuple[object, int]] = {}
         self._rebuild = rebuild
         self._storage = storage
 
@@ -96,8 +107,43 @@ class RestrictedUnpickler(pickle.Unpickler):
             return Record
         raise pickle.UnpicklingError(f"it needs {module}.{name}")
 
+    def weigh(self) -> None:
+        """Refuse the tuple that was just read where it stands for too many values."""
+        made = self.stack[-1]
+        known = self._weights
+        weight = 1 + sum(known[id(x)][1] if id(x) in known else 1 for x in made)
+        if weight > _HEAVIEST:
+            raise HeavyTupleError("it holds a tuple of too many tuples")
+        known[id(made)] = (made, weight)  # kept alive, so that no other has its id
+
     def persistent_load(self, identifier: Any) -> object:
         """The storage that an identifier stands for."""
         if self._storage is None:
             raise pickle.UnpicklingError("it refers to storages outside itself")
         return self._storage(identifier)
+
+
+class Weigher(RestrictedUnpickler):
+    """Reads any pickle, to see whether another reader can: every object of it is a `Record`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a global of the pickle."""
+        return OrderedDict if name == "OrderedDict" else Record
+
+    def persistent_load(self, identifier: Any) -> object:
+        """A stand-in for a storage."""
+        return Record()
+
+
+def _weighed(load: Callable[[RestrictedUnpickler], None]) -> Callable[[RestrictedUnpickler], None]:
+    def load_and_weigh(self: RestrictedUnpickler) -> None:
+        load(self)
+        self.weigh()
+
+    return load_and_weigh
+
+
+RestrictedUnpickler.dispatch = {
+    code: _weighed(load) if code in b"t\x85\x86\x87" else load
+    for code, load in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
+}

@@ -6,13 +6,13 @@ are ever touched, and their pages go when the tensor does.
 
 from __future__ import annotations
 
-import json
 import mmap
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from dora_dynamics.checkpoints.errors import CheckpointError
+from dora_dynamics import strict_json
+from dora_dynamics.checkpoints.errors import CheckpointError, regular
 from dora_dynamics.checkpoints.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def map_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ..
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
@@ -100,29 +100,14 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except _DuplicateError as error:
+        header = strict_json.parsed(text)
+    except strict_json.DuplicateKeyError as error:
         raise _malformed(path, f"two tensors are named {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _malformed(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _malformed(path, "its header is not a JSON object")
     return header, 8 + length, size
-
-
-class _DuplicateError(Exception):
-    """A JSON object holds one key twice."""
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateError(repr(key))
-            seen.add(key)
-    return found
 
 
 def _entry(

@@ -11,17 +11,20 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 import torch
 
-from dora_dynamics.checkpoints.errors import CheckpointError, first_line
+from dora_dynamics.checkpoints.errors import CheckpointError, first_line, regular
+from dora_dynamics.checkpoints.restricted_pickle import HeavyTupleError, Weigher
 from dora_dynamics.checkpoints.stored import StoredTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _NESTED: Final = ("state_dict", "model", "model_state_dict", "module", "ema_state_dict")
+_PICKLES: Final = 5
+"""Pickles before the values of a file of torch before 1.6: its kind, its tensors, its storages."""
 _GLOBAL: Final = re.compile(r"(?:GLOBAL|class|function)\s+`?([\w.]+)")
 
 
@@ -98,7 +101,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _load(path: Path) -> object:
     try:
-        is_zip = zipfile.is_zipfile(path)
+        is_zip = zipfile.is_zipfile(regular(path))
+        if is_zip:
+            _check_archive(path)
+        else:
+            _check_pickles(path)
         if not is_zip and path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty: copy or save it again.")
         with warnings.catch_warnings():
@@ -110,6 +117,49 @@ def _load(path: Path) -> object:
         raise CheckpointError(f"{path} does not fit into memory.") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise _refusal(path, error) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that torch does not write: mapping it would take its bytes for values.
+
+    Raises:
+        CheckpointError: a record is compressed (a bomb can hide behind that), or records together
+            are larger than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        for record in records:
+            if record.filename.endswith("data.pkl") and record.compress_type == zipfile.ZIP_STORED:
+                _check_pickle(archive.open(record))
+    stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+    if not stored or sum(record.file_size for record in records) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is a compressed archive, which torch does not write: save it again with "
+            "torch.save."
+        )
+
+
+def _check_pickles(path: Path) -> None:
+    """`_check_pickle` of the pickles that an old file begins with."""
+    with path.open("rb") as file:
+        for _ in range(_PICKLES):
+            if not _check_pickle(file):
+                return
+
+
+def _check_pickle(file: IO[bytes]) -> bool:
+    """Refuse a pickle that keeps torch's reader busy for ever; whether it is a pickle at all.
+
+    Raises:
+        HeavyTupleError: it is one.
+    """
+    try:
+        Weigher(file).load()
+    except HeavyTupleError:
+        raise
+    except Exception:  # torch says what is wrong with it
+        return False
+    return True
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

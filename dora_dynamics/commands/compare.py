@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dora_dynamics.commands.printing import print_json, records
+from dora_dynamics.commands.printing import print_json, records, say
 from dora_dynamics.commands.targets import parse_targets
 from dora_dynamics.errors import InputError
 
@@ -135,7 +135,7 @@ def _compare(
         print_json({**describe(plan), "out": out, "rows": records(table)})
     else:
         _print_plan(plan)
-        click.echo(_readable(table))
+        say(_readable(table))
         if out is not None:
             click.echo(f"Wrote {len(table)} rows to {out}.")
 
@@ -189,14 +189,14 @@ def _update(bar: Any, done: int) -> None:
 
 
 def _print_plan(plan: Plan) -> None:
-    click.echo(f"base  {plan.base.path}  ({len(plan.sites)} weights chosen)")
+    say(f"base  {plan.base.path}  ({len(plan.sites)} weights chosen)")
     for checkpoint in plan.checkpoints:
-        click.echo(
+        say(
             f"step {checkpoint.step:>8}  {checkpoint.method:<8} {len(checkpoint.sites):>4} weights "
             f"{_size(checkpoint.nbytes):>9}  {checkpoint.path}"
         )
     for line in dict.fromkeys(_remarks(plan)):
-        click.echo(f"  note: {line}")
+        say(f"  note: {line}")
 
 
 def _remarks(plan: Plan) -> Iterator[str]:

@@ -40,8 +40,8 @@ def coupling(
     """Correlation and slope of ΔM on ΔD over the rows of each RUN, with 95% intervals."""
     import pandas as pd
 
-    from dora_dynamics.commands.printing import print_json, records, visible
-    from dora_dynamics.commands.run_paths import named_runs
+    from dora_dynamics.commands.printing import print_json, records, say
+    from dora_dynamics.commands.run_paths import named_runs, refuse_many_groups
     from dora_dynamics.run_directory import load_runs
     from dora_dynamics.statistics import coupling as couple
     from dora_dynamics.statistics import select_checkpoints
@@ -57,13 +57,14 @@ def coupling(
         raise InputError("the runs hold no row beyond step 0, so there is nothing to correlate.")
     if checkpoints != "all":
         table = select_checkpoints(table, count=4, kind=checkpoints)  # type: ignore[arg-type]
+    refuse_many_groups(table, columns)
     chosen: tuple[Level, ...] = levels or _LEVELS
     tables = [couple(table, by=columns, level=level, signed=signed) for level in chosen]
     found = pd.concat(tables, ignore_index=True)
     if as_json:
         print_json(records(found))
     else:
-        click.echo(visible(_readable(found, columns)))
+        say(_readable(found, columns))
 
 
 def _readable(found: pd.DataFrame, by: list[str]) -> str:

@@ -54,7 +54,7 @@ def diagnose(
     """
     if alone and against:
         raise click.UsageError("--alone compares with nothing: leave out --against, or --alone.")
-    from dora_dynamics.commands.printing import print_json
+    from dora_dynamics.commands.printing import print_json, say
     from dora_dynamics.commands.run_paths import named_runs
     from dora_dynamics.diagnosis import diagnose as find
 
@@ -70,10 +70,10 @@ def diagnose(
     if as_json:
         print_json(_plain(found))
         return
-    click.echo(str(found))
+    say(str(found))
     if with_table and not found.table.empty:
         shown = found.table.drop(columns=["meaning", "scale"])
-        click.echo("\n" + shown.to_string(index=False, float_format="{:.3g}".format))
+        say("\n" + shown.to_string(index=False, float_format="{:.3g}".format))
 
 
 def _plain(found: Diagnosis) -> dict[str, Any]:

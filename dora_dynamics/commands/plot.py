@@ -41,7 +41,7 @@ def plot(paths: tuple[str, ...], kind: str, signed: bool, style: str, out: Path)
     import pandas as pd
 
     from dora_dynamics import plotting
-    from dora_dynamics.commands.run_paths import named_runs
+    from dora_dynamics.commands.run_paths import named_runs, refuse_many_groups
     from dora_dynamics.run_directory import load_runs
     from dora_dynamics.statistics import coupling, select_checkpoints
 
@@ -55,6 +55,7 @@ def plot(paths: tuple[str, ...], kind: str, signed: bool, style: str, out: Path)
     if kind == "magnitude_direction":
         figure = plotting.magnitude_direction(late, signed=signed, **options)  # type: ignore[arg-type]
     elif kind == "coupling":
+        refuse_many_groups(late, ["method", "role"])
         levels = ("pooled", "within_step", "within_layer", "units")
         found = [coupling(late, level=level, signed=signed, permutations=0) for level in levels]  # type: ignore[arg-type]
         figure = plotting.coupling_forest(pd.concat(found, ignore_index=True), **options)  # type: ignore[arg-type]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dora_dynamics.shown_text import visible
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -32,9 +34,9 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
-def visible(text: str) -> str:
-    """Text from a file of unknown origin with what would command a terminal shown as an escape."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+def say(text: str) -> None:
+    """Print text that holds names of a stranger: what would command a terminal is an escape."""
+    click.echo(visible(text))
 
 
 def interval(value: float, low: float, high: float) -> str:

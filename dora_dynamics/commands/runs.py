@@ -12,7 +12,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 def runs(paths: tuple[str, ...], as_json: bool) -> None:
     """Say what each RUN directory holds: method, axis, sites, steps, baseline."""
-    from dora_dynamics.commands.printing import print_json, visible
+    from dora_dynamics.commands.printing import print_json, say
     from dora_dynamics.commands.run_paths import named_runs
     from dora_dynamics.run_directory import read_info, read_run
 
@@ -28,9 +28,6 @@ def runs(paths: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json(described)
         return
-
-    def say(line: str) -> None:
-        click.echo(visible(line))
 
     for run in described:
         steps = run["steps"]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from dora_dynamics.commands.printing import say
 from dora_dynamics.commands.targets import parse_targets
+from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from dora_dynamics.sites import Site
+
+_MOST_MODULES: Final = 100_000
 
 _EXAMPLES = """\b
 Examples:
@@ -48,6 +54,8 @@ def sites(model: str, targets: str | None, granularity: Any, show_all: bool, as_
     no weights, the model that transformers builds from config.json without allocating it.
     """
     found, shapes = _find(model, parse_targets(targets), granularity)
+    if not found:
+        raise InputError(f"{model} holds no weight that can be followed.")
     described = [_describe(site, shapes[site.tensor]) for site in found]
     if as_json:
         click.echo(json.dumps(described, indent=2, ensure_ascii=False))
@@ -58,7 +66,7 @@ def sites(model: str, targets: str | None, granularity: Any, show_all: bool, as_
         _print_table(_by_role(described), list(_by_role(described)[0]))
         for line in described:
             if line["also_known_as"]:
-                click.echo(f"{line['site']} is also {_others(line)}.")
+                say(f"{line['site']} is also {_others(line)}.")
 
 
 def _find(
@@ -115,13 +123,49 @@ def _build(folder: Path) -> Any:
         ) from error
     import torch
 
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = [name for name in config.architectures or [] if hasattr(transformers, name)]
-    with torch.device("meta"):
-        if names:
-            return getattr(transformers, names[0])(config)
-        automatic: Any = transformers.AutoModel
-        return automatic.from_config(config)
+    from dora_dynamics.checkpoints.errors import first_line
+    from dora_dynamics.checkpoints.folder import read_json
+
+    read_json(folder / "config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with _no_more_modules_than(_MOST_MODULES), torch.device("meta"):
+            return _model_class(config, transformers)(config)
+    except Exception as error:  # a configuration of a stranger can raise anything
+        raise InputError(
+            f"{folder} holds no weights, and transformers makes no model of its config.json "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error
+
+
+def _model_class(config: Any, transformers: Any) -> Any:
+    """The class of model that a configuration names, if it is one of transformers' own."""
+    names = config.architectures if isinstance(config.architectures, list) else []
+    for name in names:
+        named = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return named
+    return partial(transformers.AutoModel.from_config, trust_remote_code=False)
+
+
+@contextmanager
+def _no_more_modules_than(most: int) -> Iterator[None]:
+    """Stop a model from being built that a typing error, or a stranger, made endless."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise InputError(f"the model has more than {most:,} modules")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _describe(site: Site, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -203,4 +247,4 @@ def _print_table(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> Non
     shown = [i for i in range(len(columns)) if any(row[i] for row in cells)]
     widths = {i: max(len(columns[i]), *(len(row[i]) for row in cells)) for i in shown}
     for row in [list(columns), *cells]:
-        click.echo("  ".join(row[i].ljust(widths[i]) for i in shown).rstrip())
+        say("  ".join(row[i].ljust(widths[i]) for i in shown).rstrip())

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 
 from dora_dynamics.effective import Dense, LowRank, built
-from dora_dynamics.run_directory import load_runs, read_info
-from dora_dynamics.snapshots import load_baseline, load_weights
+from dora_dynamics.run_directory import RunDirectoryError, load_runs, read_info
+from dora_dynamics.snapshots import kept_steps, load_baseline, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,8 +29,11 @@ def effective_rank(update: Tensor) -> float:
         update: ΔW, shape (out, in).
 
     Returns:
-        From 1 (one direction) to min(out, in) (all alike); NaN where the update is zero.
+        From 1 (one direction) to min(out, in) (all alike); NaN where the update is zero or not
+            finite.
     """
+    if not update.isfinite().all():
+        return float("nan")
     values = torch.linalg.svdvals(update.detach().to(torch.float64))
     total = float(values.sum())
     if total == 0:
@@ -58,7 +61,7 @@ def load_with_rank(paths: Iterable[StrPath]) -> pd.DataFrame:
     The effective rank of ΔW over min(out, in), at each run's last kept step; NaN elsewhere.
 
     Raises:
-        RunDirectoryError: as `load_runs`.
+        RunDirectoryError: as `load_runs`, or kept weights do not fit each other.
     """
     folders = [Path(path) for path in paths]
     table = load_runs(folders)
@@ -70,19 +73,25 @@ def load_with_rank(paths: Iterable[StrPath]) -> pd.DataFrame:
             continue
         name = path.as_posix() if repeated.count(info.run) > 1 else info.run
         rows = table["run"] == name
-        kept = [int(file.stem[5:]) for file in (path / "weights").glob("step-*.safetensors")]
-        rows &= table["step"] == max(kept, default=-1)
+        last = max(kept_steps(path, "weights"), default=-1)
+        rows &= table["step"] == last
         if not rows.any():
             continue
-        weights = load_weights(path, max(kept))
+        weights = load_weights(path, last)
         for site, baseline in load_baseline(path).items():
             here = rows & (table["site"] == site.name)
             if site.head is not None:
                 here &= table["head"] == site.head
             if site.tensor not in weights or not here.any():
                 continue
-            change = change_of(site, baseline, weights[site.tensor])
-            column[here] = effective_rank(change) / min(change.shape)
+            try:
+                change = change_of(site, baseline, weights[site.tensor])
+                column[here] = effective_rank(change) / min(change.shape)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise RunDirectoryError(
+                    f"{path}: the kept weights of {site.key} do not fit its baseline: record the "
+                    "run again, or take weights out of the keep of its run.json."
+                ) from error
     if column.notna().any():
         table["effective_rank"] = column
     return table

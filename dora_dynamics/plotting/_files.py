@@ -12,6 +12,7 @@ import matplotlib as mpl
 
 from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import settings_of
+from dora_dynamics.shown_text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -65,8 +66,8 @@ def save(
     if unknown:
         raise InputError(f"figures are written as png, svg or pdf, not {', '.join(unknown)!r}.")
     words = (
-        figure.get_suptitle() if title is None else title,
-        getattr(figure, "alt", "") if alt is None else alt,
+        visible(figure.get_suptitle() if title is None else title),
+        visible(getattr(figure, "alt", "") if alt is None else alt),
     )
     with mpl.rc_context(settings_of(figure)):
         for each in paths:

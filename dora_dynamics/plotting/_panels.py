@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     Drawable: TypeAlias = Axes | Iterable[Axes] | np.ndarray | None
 
 _FIRST_METHODS: Final = ("FT", "LoRA", "DoRA")
+_MOST_PANELS: Final = 150
 _ONE_ROW: Final = 20
 _IN_COLUMN: Final = 3
 _Corner: TypeAlias = Literal[
@@ -102,6 +103,15 @@ def order_of(table: pd.DataFrame, column: str, present: Iterable[str]) -> list[s
     return found
 
 
+def refuse_many(panels: int) -> None:
+    """`InputError` where nobody could look at, or wait for, so many panels."""
+    if panels > _MOST_PANELS:
+        raise InputError(
+            f"{panels:,} panels are more than the {_MOST_PANELS} that a figure can hold: draw the "
+            "rows of some methods and roles."
+        )
+
+
 @dataclass(frozen=True)
 class Panel:
     """One panel of a grid: where it is drawn and which rows belong to it."""
@@ -144,6 +154,7 @@ def panels(
     groups, roles = order_of(order, by, group_of), order_of(order, "role", rows["role"])
     if by == "role":
         rows, roles = rows.assign(role=""), [""]
+    refuse_many(len(roles) * len(groups))
     keys = [(group, role) for role in roles for group in groups]
     figure: Figure
     if ax is None:

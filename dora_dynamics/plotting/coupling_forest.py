@@ -9,7 +9,14 @@ import numpy as np
 
 from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
-from dora_dynamics.plotting._panels import beside, checked, dot, given_axes, order_of
+from dora_dynamics.plotting._panels import (
+    beside,
+    checked,
+    dot,
+    given_axes,
+    order_of,
+    refuse_many,
+)
 from dora_dynamics.plotting._style import (
     LAYER_COLOURS,
     LINE_COLOUR,
@@ -19,6 +26,7 @@ from dora_dynamics.plotting._style import (
     correlation,
     style_named,
 )
+from dora_dynamics.shown_text import in_figure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,6 +87,7 @@ def coupling_forest(
         raise InputError(f"coupling has several rows for {place}; keep one of them.")
     groups, roles = order_of(table, by, rows[by]), order_of(table, "role", rows["role"])
     levels = list(dict.fromkeys(rows["level"]))
+    refuse_many(len(roles) * len(groups))
     with context(look):
         figure: Figure
         if ax is None:
@@ -87,10 +96,10 @@ def coupling_forest(
             figure, all_axes = given_axes(ax, len(roles))
         for axes, role in zip(all_axes, roles, strict=True):
             _frame(axes, groups, look)
-            axes.set_title(role)
+            axes.set_title(in_figure(role))
             _dots(axes, rows[rows["role"] == role], by, groups, levels, look)
         handles = [
-            dot(look, _MARKERS[i % len(_MARKERS)], _colour(i), _NAMES.get(level, level))
+            dot(look, _MARKERS[i % len(_MARKERS)], _colour(i), _NAMES.get(level, in_figure(level)))
             for i, level in enumerate(levels)
         ]
         if published:
@@ -136,7 +145,7 @@ def _frame(axes: Axes, groups: list[str], style: Style) -> None:
     axes.set_xlim(-1.05, 1.05)
     axes.set_xticks([-1, -0.5, 0, 0.5, 1])
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_yticks(range(len(groups)), groups)
+    axes.set_yticks(range(len(groups)), [in_figure(group) for group in groups])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)

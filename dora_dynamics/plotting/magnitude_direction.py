@@ -20,6 +20,7 @@ from dora_dynamics.plotting._panels import (
     label_outer,
     legends,
     panels,
+    refuse_many,
 )
 from dora_dynamics.plotting._style import (
     FINAL_MARKER,
@@ -33,6 +34,7 @@ from dora_dynamics.plotting._style import (
     signed_number,
     style_named,
 )
+from dora_dynamics.shown_text import in_figure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -97,6 +99,7 @@ def magnitude_direction(
     rows = checked(trajectory, [by, "run", "role"], ["step", "layer", "delta_direction", measure])
     rows = finite(rows[rows["step"] != 0], ["delta_direction", measure])
     rows["checkpoint"] = _checkpoints(rows, by)
+    refuse_many(len(rows.groupby([by, "role"])))
     table = coupling
     if table is None:
         table = _pooled(trajectory.iloc[rows.index], by, signed)
@@ -108,7 +111,7 @@ def magnitude_direction(
         area = look.marker_area * min(1.0, max(0.3, math.sqrt(_CROWDED / crowd)))
         said = []
         for panel in drawn:
-            panel.axes.set_title(panel.title)
+            panel.axes.set_title(in_figure(panel.title))
             if not panel.rows.empty:
                 _points(panel, layers, measure, look, area)
                 statistic = _statistic(table, panel, by, signed)
@@ -177,7 +180,7 @@ def _checkpoint_handles(rows: pd.DataFrame, by: str, style: Style) -> list[Line2
 
 def _points(panel: Panel, layers: Layers, measure: str, style: Style, area: float) -> None:
     axes = panel.axes
-    axes.set_title(panel.title)
+    axes.set_title(in_figure(panel.title))
     for number, marker in enumerate((*INTERMEDIATE_MARKERS, FINAL_MARKER)):
         part = panel.rows[panel.rows["checkpoint"] == number]
         if part.empty:

@@ -21,6 +21,7 @@ from dora_dynamics.plotting._panels import (
     panels,
 )
 from dora_dynamics.plotting._style import LINE_COLOUR, Style, StyleName, context, style_named
+from dora_dynamics.shown_text import in_figure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -98,7 +99,13 @@ def trajectories(
             _lines(panel, measure, layers, stacks, look)
         label_outer(drawn, "step", f"{_LABELS[measure]} (mean over {unit} units)")
         dashes = [
-            Line2D([], [], color=LINE_COLOUR, linestyle=_DASHES[i % len(_DASHES)], label=name)
+            Line2D(
+                [],
+                [],
+                color=LINE_COLOUR,
+                linestyle=_DASHES[i % len(_DASHES)],
+                label=in_figure(name),
+            )
             for i, name in enumerate(stacks)
         ]
         if legend:
@@ -129,7 +136,7 @@ def _in_words(drawn: Sequence[Panel], measure: str, by: str) -> str:
 
 
 def _lines(panel: Panel, measure: str, layers: Layers, stacks: list[str], style: Style) -> None:
-    panel.axes.set_title(panel.title)
+    panel.axes.set_title(in_figure(panel.title))
     alpha = 0.5 if panel.rows["run"].nunique() > 1 else 0.9
     groups = panel.rows.groupby(["run", "stack", "site", "head"], sort=False)
     width = style.line_width * min(1.0, max(0.4, math.sqrt(_CROWDED / max(groups.ngroups, 1))))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dora_dynamics.plotting._panels import in_order
+from dora_dynamics.report.errors import ReportError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +29,10 @@ MEASURES: Final = {
 
 MOST_VALUES: Final = 750_000
 """Numbers a page carries, so that it stays below 6 MB; of longer runs, steps are left out."""
+
+_ANY_SIZE: Final = 1_000_000
+_SPARSEST: Final = 20
+"""Cells of a run's matrix for each of its rows, at most: the matrix is as large as these."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ def _run(name: str, rows: pd.DataFrame, late: NDArray[np.int64], share: float) -
     line = rows.groupby(place, sort=False, dropna=False).ngroup().to_numpy()
     keys = rows[place].iloc[np.unique(line, return_index=True)[1]].reset_index(drop=True)
     steps, column = np.unique(rows["step"].to_numpy(dtype=np.int64), return_inverse=True)
+    if len(keys) * len(steps) > max(_ANY_SIZE, _SPARSEST * len(rows)):
+        raise ReportError(
+            f"the {len(rows):,} rows of {name} are of {len(keys):,} weights and {len(steps):,} "
+            "steps, hardly two of them of one weight: that is no recorded run."
+        )
     kept = _kept(steps, late, share)
     values = {}
     for measure in MEASURES:

@@ -131,7 +131,7 @@ class _Distributed:
     def save(content: dict[str, Any], folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            save(content, checkpoint_id=folder, no_dist=True)
+            save(content, checkpoint_id=folder)
 
 
 @pytest.mark.parametrize("nested", [False, True])

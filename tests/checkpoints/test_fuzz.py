@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,14 +14,15 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dora_dynamics.checkpoints import CheckpointError, compare_checkpoints
+from tests.conftest import campaign
+from tests.robustness.bad_files import damaged, soon
 
 from .models import expected
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-ROUNDS = 100
+ROUNDS = campaign(25, 100)
 Q = "layers.0.self_attn.q_proj.weight"
 
 
@@ -35,46 +34,10 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def mutate(content: bytes, rng: random.Random, *, head: int | None = None) -> bytes:
-    """Cut, flip, insert, delete, repeat or overwrite; mostly within the first `head` bytes."""
-    data = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        end = max(1, min(len(data), head or len(data)) if rng.random() < 0.9 else len(data))
-        at = rng.randrange(end)
-        kind = rng.randrange(6)
-        if kind == 0:
-            del data[at:]
-        elif kind == 1 and data:
-            data[min(at, len(data) - 1)] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            data[at:at] = rng.randbytes(rng.choice((1, 8, 64)))
-        elif kind == 3:
-            del data[at : at + rng.choice((1, 8, 64))]
-        elif kind == 4:
-            data[at:at] = data[at : at + 32]
-        else:
-            data[at : at + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, b"99999999", b'"a":"b",'))
-    return bytes(data)
-
-
-@contextmanager
-def no_longer_than(seconds: int) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"a mutated file took more than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
 def attempt(base: Path, checkpoint: Path, out: Path) -> Any:
     """The table, or None where the files were refused in one sentence and left nothing behind."""
     try:
-        with no_longer_than(20):
+        with soon():
             return compare_checkpoints(base, checkpoint, ["query"], out=out, jobs=1)
     except CheckpointError as error:
         message = str(error)
@@ -93,12 +56,13 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base.safetensors"
 
 
+@pytest.mark.campaign
 def test_mutated_safetensors(tmp_path: Path, base: Path) -> None:
     safetensors.torch.save_file(weights(1), tmp_path / "good.safetensors")
     good = (tmp_path / "good.safetensors").read_bytes()
     rng, file, read = random.Random(0), tmp_path / "bad.safetensors", 0
     for _ in range(2 * ROUNDS):
-        file.write_bytes(mutate(good, rng, head=260))
+        file.write_bytes(damaged(good, rng, head=260))
         table = attempt(base, file, tmp_path / "out")
         if table is None:
             continue
@@ -111,13 +75,14 @@ def test_mutated_safetensors(tmp_path: Path, base: Path) -> None:
     assert 0 < read < 2 * ROUNDS
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("old", [False, True])
 def test_mutated_torch_files(tmp_path: Path, base: Path, *, old: bool) -> None:
     torch.save(weights(1), tmp_path / "good.pt", _use_new_zipfile_serialization=not old)
     good = (tmp_path / "good.pt").read_bytes()
     rng, file, refused = random.Random(1), tmp_path / "bad.pt", 0
     for _ in range(ROUNDS):
-        file.write_bytes(mutate(good, rng))
+        file.write_bytes(damaged(good, rng))
         table = attempt(base, file, tmp_path / "out")
         if table is None:
             refused += 1
@@ -130,17 +95,18 @@ def test_mutated_torch_files(tmp_path: Path, base: Path, *, old: bool) -> None:
     assert refused > 0
 
 
+@pytest.mark.campaign
 def test_mutated_distributed_checkpoints(tmp_path: Path, base: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save(dict(weights(1)), checkpoint_id=tmp_path / "dcp", no_dist=True)
+        save(dict(weights(1)), checkpoint_id=tmp_path / "dcp")
     files = [tmp_path / "dcp" / ".metadata", next((tmp_path / "dcp").glob("*.distcp"))]
     good = [file.read_bytes() for file in files]
     rng, refused = random.Random(2), 0
     wanted = expected(weights(0)[Q], weights(1)[Q])[0]
     for i in range(ROUNDS):
         which = i % 2
-        files[which].write_bytes(mutate(good[which], rng))
+        files[which].write_bytes(damaged(good[which], rng))
         table = attempt(base, tmp_path / "dcp", tmp_path / "out")
         refused += table is None
         if table is not None and which == 0:
@@ -149,6 +115,7 @@ def test_mutated_distributed_checkpoints(tmp_path: Path, base: Path) -> None:
     assert refused > 0
 
 
+@pytest.mark.campaign
 def test_mutated_adapters_and_indexes(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -172,7 +139,7 @@ def test_mutated_adapters_and_indexes(tmp_path: Path, base: Path) -> None:
     rng, refused = random.Random(3), 0
     for i in range(2 * ROUNDS):
         file = targets[i % 3]
-        file.write_bytes(mutate(good[file], rng, head=300))
+        file.write_bytes(damaged(good[file], rng, head=300))
         refused += attempt(base, file.parent, tmp_path / "out") is None
         file.write_bytes(good[file])
     assert refused > 0
@@ -180,9 +147,10 @@ def test_mutated_adapters_and_indexes(tmp_path: Path, base: Path) -> None:
         assert attempt(base, parent, tmp_path / "out") is not None
 
 
+@pytest.mark.campaign
 def test_both_sides_may_be_damaged(tmp_path: Path, base: Path) -> None:
     safetensors.torch.save_file(weights(1), tmp_path / "good.safetensors")
     good, rng = base.read_bytes(), random.Random(4)
     for _ in range(ROUNDS // 2):
-        base.write_bytes(mutate(good, rng, head=260))
+        base.write_bytes(damaged(good, rng, head=260))
         attempt(base, tmp_path / "good.safetensors", tmp_path / "out")

@@ -195,6 +195,8 @@ TUNERS: dict[str, dict[str, Any]] = {
 def test_the_other_tuners_layer_by_layer(tmp_path: Path, name: str) -> None:
     if not hasattr(peft, name):
         pytest.skip(f"this PEFT has no {name}")
+    if name in ("BOFTConfig", "VeraConfig"):
+        pytest.importorskip("peft", "0.19", reason="before, PEFT did not build it in float64")
     targets = ["query", "value", "intermediate.dense"]
     config = getattr(peft, name)(target_modules=targets, **TUNERS[name])
     bert().save_pretrained(tmp_path / "base")

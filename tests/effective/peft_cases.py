@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
+from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -200,6 +199,8 @@ def _prepared(case: Case, model: nn.Module, options: dict[str, Any]) -> Any:
     if options["init_lora_weights"] == "corda":
         preprocess_corda(model, config, run_model=lambda: model(batch.flatten(0, 1)))
     else:
+        from peft.tuners.lora.loraga import preprocess_loraga
+
         preprocess_loraga(model, config, lambda: model(batch).square().mean().backward())
     return peft.get_peft_model(model, config)
 
@@ -208,6 +209,35 @@ def _lora(name: str, how: str = "direct", **options: Any) -> Case:
     fields = {key: options.pop(key) for key in list(options) if key in Case.__dataclass_fields__}
     options = {"r": 4, "lora_alpha": 6, **options}
     return Case(name, peft.LoraConfig, how, options=options, **fields)
+
+
+ABSENT: Any = object()
+"""Stands for a setting that an older PEFT does not have."""
+
+
+def _setting(name: str, **options: Any) -> Any:
+    make = getattr(lora, name, None) or getattr(lora.config, name, None)
+    return ABSENT if make is None else make(**options)
+
+
+def _is_there(case: Case) -> bool:
+    """Whether this PEFT, which may be an older one, has what the case is about."""
+    if case.config is arrow:
+        return hasattr(lora, "create_arrow_model")
+    if case.config in (mixture, qalora):
+        return True
+    start = case.options.get("init_lora_weights")
+    known = str(peft.LoraConfig.__dataclass_fields__["init_lora_weights"].type)
+    if ABSENT in case.options.values() or (start in _STARTS and start not in known):
+        return False
+    try:
+        case.config(**case.options)
+    except TypeError:
+        return False
+    return True
+
+
+_STARTS = ("orthogonal", "corda", "lora_ga", "mica")
 
 
 def _case(kind: str, name: str, how: str = "merge on a copy", **options: Any) -> Case:
@@ -297,6 +327,7 @@ def all_cases() -> list[tuple[Any, Case]]:
         (kind, case)
         for kind in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
         for case in CASES.get(kind.value) or [_as_it_comes(kind.value)]
+        if _is_there(case)
     ]
 
 
@@ -333,16 +364,18 @@ CASES: dict[str, list[Case]] = {
         _lora("corda", init_lora_weights="corda",
               corda_config=CordaConfig()),
         _lora("lora_ga", init_lora_weights="lora_ga",
-              lora_ga_config=LoraGAConfig()),
+              lora_ga_config=_setting("LoraGAConfig")),
         *LOFTQ,
         _lora("mica", init_lora_weights="mica", how="merge on a copy"),
         _lora("bias", lora_bias=True, followed=("query", "down"), targets=("query", "down")),
         _lora("bias on none", lora_bias=True, followed=("value",), targets=("value",)),
-        _lora("kasa", kasa_config=lora.KasaConfig(), how="merge on a copy"),
-        _lora("velora", velora_config=lora.VeloraConfig(num_groups=4), how="merge on a copy"),
-        _lora("monteclora", monteclora_config=lora.MontecloraConfig(), how="merge on a copy"),
-        _lora("bdlora", use_bdlora=lora.BdLoraConfig(target_modules_bd_b=["query", "value"],
-              target_modules_bd_a=["down"], nblocks=2), how="merge on a copy"),
+        _lora("kasa", kasa_config=_setting("KasaConfig"), how="merge on a copy"),
+        _lora("velora", velora_config=_setting("VeloraConfig", num_groups=4),
+              how="merge on a copy"),
+        _lora("monteclora", monteclora_config=_setting("MontecloraConfig"), how="merge on a copy"),
+        _lora("bdlora", use_bdlora=_setting("BdLoraConfig", nblocks=2,
+              target_modules_bd_b=["query", "value"], target_modules_bd_a=["down"]),
+              how="merge on a copy"),
         Case("arrow", arrow, "", model=Llama, followed=("q_proj",), refused="Arrow"),
         _lora("alora", alora_invocation_tokens=[1], how="", refused="aLoRA"),
         _lora("embedding", model=Tokens, followed=("embed_tokens", "query"),

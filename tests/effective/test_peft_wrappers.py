@@ -96,6 +96,7 @@ class TestExperts:
     }
 
     def test_each_parameter_by_merging_a_copy(self) -> None:
+        pytest.importorskip("transformers", "5", reason="older ones name experts otherwise")
         torch.manual_seed(0)
         model = experts()
         before = copy.deepcopy(model)
@@ -218,6 +219,7 @@ class TestBiases:
         assert row["update_norm"] == pytest.approx((bias - before).norm().item(), rel=1e-5)
         assert row["update_norm"] > 0
 
+    @pytest.mark.skipif(not hasattr(peft, "BeftConfig"), reason="this PEFT has no BEFT")
     def test_added_by_the_adapter(self) -> None:
         torch.manual_seed(0)
         model: Any = peft.get_peft_model(Tagger(), peft.BeftConfig(target_modules=["query"]))

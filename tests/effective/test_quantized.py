@@ -193,6 +193,9 @@ def test_the_16_bit_reference_tells_how_large_the_error_is(tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type .*PackedLinear")
 def test_qalora() -> None:
+    """A of QALoRA sees the sums of groups of four inputs, each times 16 / 4² (PEFT's scaling)."""
+    pytest.importorskip("peft", "0.19", reason="before, a layer took no configuration")
+
     def train(model: Any) -> None:
         torch.manual_seed(1)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -92,7 +92,7 @@ def make_run(
         units = {}
         for layer, role in sites:
             name = site.format(layer=layer, role=role)
-            difference = rng.normal(size=keep_units)
+            difference = rng.uniform(-0.9, 0.9, size=keep_units)
             ones = np.ones(keep_units)
             units[Site(name=name, layer=layer, stack="", role=role)] = UnitChange(
                 ones, ones + difference, difference, rng.random(keep_units), ones, difference
