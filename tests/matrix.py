@@ -30,7 +30,7 @@ OLDEST: Final = (
     "safetensors==0.5.*",
     "transformers==4.53.*",
     "peft==0.18.*",
-    "accelerate==1.0.*",
+    "accelerate==1.10.*",
 )
 ENVIRONMENTS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "oldest": ("3.11", ("torch==2.6.*", *OLDEST)),

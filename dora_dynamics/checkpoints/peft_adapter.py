@@ -354,7 +354,11 @@ def _scaling(module: str, rank: int, contents: Contents) -> float:
     config, where = contents.adapter_config, contents.path
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"), where)
     declared = _by_pattern(config.get("rank_pattern"), module, config.get("r"), where)
-    if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:  # type: ignore[arg-type]
+    if (
+        not isinstance(alpha, (int, float))
+        or isinstance(alpha, bool)
+        or not abs(alpha) <= _LARGEST_ALPHA
+    ):
         raise CheckpointError(f"{contents.path}: its lora_alpha is {alpha!r}, not a number.")
     if type(declared) is not int or declared != rank:
         raise CheckpointError(

@@ -66,7 +66,7 @@ class StorageKind:
         self.dtype = dtype
 
 
-class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class RestrictedUnpickler(pickle._Unpickler):
     """Reads plain containers, torch dtypes and `Record`s; raises on any other global.
 
     Args:
@@ -74,6 +74,8 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         rebuild: called in place of torch's function that makes a tensor of a storage.
         storage: resolves the persistent identifiers that stand for storages.
     """
+
+    stack: list[Any]
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class Weigher(RestrictedUnpickler):
         return Record()
 
 
-def _weighed(load: Callable[[RestrictedUnpickler], None]) -> Callable[[RestrictedUnpickler], None]:
+def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:
     def load_and_weigh(self: RestrictedUnpickler) -> None:
         load(self)
         self.weigh()
@@ -143,7 +145,7 @@ def _weighed(load: Callable[[RestrictedUnpickler], None]) -> Callable[[Restricte
     return load_and_weigh
 
 
+_LOADERS: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)
 RestrictedUnpickler.dispatch = {
-    code: _weighed(load) if code in b"t\x85\x86\x87" else load
-    for code, load in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
+    code: _weighed(load) if code in b"t\x85\x86\x87" else load for code, load in _LOADERS.items()
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -43,8 +44,22 @@ pytestmark = [
     )
 ]
 
+OF_PEFT_ITSELF = ("BONE-as it comes", "LORA-conv1d dora", "TRAINABLE_TOKENS-plain")
+"""What PEFT before 0.19 cannot merge, unmerge or disable itself."""
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    is_old = tuple(map(int, version("peft").split(".")[:2])) < (0, 19)
+    return [pytest.mark.skip("PEFT itself fails")] if is_old and name in OF_PEFT_ITSELF else []
+
+
 ALL = [
-    pytest.param(kind, case, id=f"{kind.value}-{case.name}{' refused' if case.refused else ''}")
+    pytest.param(
+        kind,
+        case,
+        id=f"{kind.value}-{case.name}{' refused' if case.refused else ''}",
+        marks=_marks(f"{kind.value}-{case.name}"),
+    )
     for kind, case in all_cases()
 ]
 FOLLOWABLE = [case for case in ALL if "refused" not in str(case.id)]

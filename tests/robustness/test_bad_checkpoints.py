@@ -203,7 +203,9 @@ def test_generated_bad_checkpoints(kind: str, tmp_path: Path, base: Path) -> Non
     assert read or not IS_CAMPAIGN
 
 
-def check(rows: list[dict[str, Any]], wanted: dict[str, tuple[float, ...]], what: str) -> None:
+def check(
+    rows: list[dict[str, Any]], wanted: dict[str, tuple[float, float, float]], what: str
+) -> None:
     assert rows
     for row in rows:
         found = [row[name] for name in ("delta_magnitude", "delta_direction", "update_norm")]
