@@ -77,7 +77,8 @@ def test_torchrun_compares_as_one_process(tmp_path: Path) -> None:
     )
     begun = tmp_path / "resumed" / "trajectory.csv"
     lines = begun.read_bytes().splitlines(keepends=True)
-    begun.write_bytes(b"".join([*lines, *lines[1:3], lines[3][:40]]))  # killed among rows
+    next_ones = [line.replace(b",10,", b",20,", 1) for line in lines[1:4]]
+    begun.write_bytes(b"".join([*lines, *next_ones[:2], next_ones[2][:40]]))  # killed among rows
     bad = dict(base)
     bad["layers.2.v_proj.weight"] = torch.full((7, 7), torch.nan)
     save_file(bad, tmp_path / "bad.safetensors")
