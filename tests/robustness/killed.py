@@ -135,8 +135,8 @@ def main() -> None:
     duration = time.monotonic() - begun
     expected = dd.load_runs(whole / "run")
     units = {step: dd.load_units(whole / "run", step) for step in expected["step"].unique()}
-    done, lives, died = 0, 0, {"time": 0, "touch": 0, "write": 0}
-    while done < kills:
+    lives, died = 0, {"time": 0, "touch": 0, "write": 0}
+    while sum(died.values()) < kills:  # those that came before the end of the training
         life = folder / f"life-{lives}"
         life.mkdir()
         lives += 1
@@ -148,7 +148,6 @@ def main() -> None:
                 "write": rng.uniform(1, 9),
             }[kind]
             died[kind] += child(life, (kind, when))
-            done += 1
             if (life / "run" / "run.json").exists():  # else it was killed while it was made
                 table = dd.load_runs(life / "run")
                 assert table.equals(expected.head(len(table))), f"life {lives - 1}, {kind} {when}"
