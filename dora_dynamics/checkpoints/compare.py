@@ -31,7 +31,7 @@ from dora_dynamics.checkpoints.spreading import Processes
 from dora_dynamics.checkpoints.updates import change_of, is_built
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
-from dora_dynamics.run_directory import RunInfo
+from dora_dynamics.run_directory import RUN_FILE, RunInfo
 from dora_dynamics.sites import other_names
 from dora_dynamics.trajectory import to_table, trajectory_row
 
@@ -153,8 +153,17 @@ def run_plan(
         if resume and Path(out).exists():
             output, complete = Output.resume(Path(out), info, plan)
             return complete
-        output = Output.begin(Path(out), info, overwrite=overwrite)
+        if not (overwrite and (Path(out) / RUN_FILE).exists()):
+            output = Output.begin(Path(out), info, overwrite=overwrite)
         return []
+
+    def write(rows: Sequence[Row]) -> None:
+        nonlocal output
+        if out is None:
+            return
+        if output is None:  # the run that is there stays until there are rows to replace it
+            output = Output.begin(Path(out), info, overwrite=overwrite)
+        output.append(rows)
 
     groups = processes.first(open_output)
     if progress is not None:
@@ -169,7 +178,7 @@ def run_plan(
             if not keep_non_finite:
                 _refuse_non_finite(checkpoint, rows)
             if out is not None:
-                processes.first(partial(_append, output, rows))
+                processes.first(partial(write, rows))
             groups.append(rows)
     except BaseException:
         if output is not None:
@@ -178,11 +187,6 @@ def run_plan(
     table = to_table(row for group in groups for row in group)
     table.attrs["summary"] = describe(plan)
     return table
-
-
-def _append(output: Output | None, rows: Sequence[Row]) -> None:
-    if output is not None:
-        output.append(rows)
 
 
 def _measure(

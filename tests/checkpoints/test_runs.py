@@ -155,6 +155,25 @@ def test_a_full_disk_leaves_whole_checkpoints_or_nothing(files: Path, rows: int)
         assert not (files / "out").exists()
 
 
+def test_a_comparison_that_fails_leaves_the_run_it_was_to_replace(files: Path) -> None:
+    before = run(files)
+    weights = safetensors.torch.load_file(files / "base.safetensors")
+    name = "layers.1.self_attn.q_proj.weight"
+    for bad, said in ((weights[name] * float("nan"), "NaN"), (weights[name][:3], "shape")):
+        safetensors.torch.save_file(weights | {name: bad.clone()}, files / "bad.safetensors")
+        with pytest.raises(CheckpointError, match=said):
+            compare_checkpoints(
+                files / "base.safetensors",
+                files / "bad.safetensors",
+                ["query"],
+                out=files / "out",
+                overwrite=True,
+            )
+        pd.testing.assert_frame_equal(load_runs([files / "out"]), before, check_exact=True)
+    run(files, overwrite=True, run="again")
+    assert set(load_runs([files / "out"])["run"]) == {"again"}
+
+
 def test_a_folder_that_cannot_be_written(files: Path) -> None:
     (files / "file").write_text("in the way")
     for path in (files / "file", files / "file" / "out"):
