@@ -240,7 +240,7 @@ def _is_there(case: Case) -> bool:
     return True
 
 
-_STARTS = ("orthogonal", "corda", "lora_ga", "mica")
+_STARTS = ("orthogonal", "corda", "mica")
 
 
 def _case(kind: str, name: str, how: str = "merge on a copy", **options: Any) -> Case:
