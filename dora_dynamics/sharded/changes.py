@@ -4,6 +4,9 @@ A block's own sums a_s, e_s, c_s and P_s add up over blocks, but for P: with k_s
 P = Σ P_s + Σ a_s (k_s − k)². Where units lie whole on one process the second sum is zero. Where
 they are split, P = c − e²/a, and only where that cancels (an almost radial change) the second sum
 is taken as it stands: one more all-reduce of these units, no weight read again.
+
+On a GPU a record waits for the device: for the sums of all blocks, which come over together, and
+for each all-reduce; and for each weight that has to be built (PiSSA's, DoRA's along the input).
 """
 
 from __future__ import annotations

@@ -58,6 +58,22 @@ class TestHiddenWeights:
             with pytest.raises(ShardingError, match=r"ZeRO-3 .*dora-dynamics compare"):
                 refused()
 
+    def test_an_empty_weight_that_nobody_explains(self) -> None:
+        """No number is made of it: refused at the beginning, NaN with a warning in training."""
+        model = nn.ModuleDict({"query": nn.Linear(4, 3), "value": nn.Linear(4, 3)})
+        optimizer = torch.optim.SGD(model.parameters())
+        recorder = dd.Recorder(model, ["query", "value"], every=1)
+        weight: torch.Tensor = model["query"].weight  # type: ignore[assignment]
+        recorder.start(optimizer)
+        weight.data = torch.empty(0)
+        with pytest.warns(UserWarning, match=r"query has the shape \(0,\) now"):
+            optimizer.step()
+        recorder.finish()
+        empty = recorder.trajectory["update_norm"].isna().tolist()
+        assert empty == [False, False, True, False]
+        with pytest.raises(ValueError, match=r"shape \(0,\)"):
+            dd.Recorder(model, ["query"]).record()
+
     def test_shards_that_do_not_say_so(self) -> None:
         """Older transformers kept parts of weights as plain tensors under tensor parallelism."""
         model = nn.ModuleDict({"query": nn.Linear(4, 3)})
