@@ -234,6 +234,18 @@ def test_all_weights_may_be_unmeasured_and_it_is_told_again_when_it_comes_back()
         recorder.record()
 
 
+def test_recording_by_hand_costs_no_training_either() -> None:
+    """As the Trainer's callback does when a checkpoint is saved."""
+    model = model_of()
+    recorder = dd.Recorder(model, ["query", "value"], every=100)
+    with recorder.attach(torch.optim.SGD(model.parameters(), lr=0.1)):
+        model["query"].weight = nn.Parameter(torch.randn(6, 7))
+        recorder.step = 1
+        with pytest.warns(UserWarning, match="the weight of query cannot be measured"):
+            recorder.record()
+    assert recorder.trajectory["delta_direction"].isna().tolist() == [False, False, True, False]
+
+
 def test_steps_that_a_gradient_scaler_skips_are_none() -> None:
     model = model_of()
     recorder = dd.Recorder(model, ["query"], every=1)

@@ -137,7 +137,7 @@ def test_a_trajectory_in_parts_is_the_whole(seed: int, steps: int, parts: int) -
 
 
 @pytest.mark.campaign
-@settings(max_examples=campaign(1, 8), deadline=None)
+@settings(max_examples=campaign(1, 5), deadline=None)
 @given(
     rho=st.floats(-0.9, 0.9),
     confidence=st.sampled_from([0.8, 0.95]),
