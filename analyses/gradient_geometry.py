@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
@@ -30,9 +29,8 @@ from torch import nn
 import dora_dynamics as dd
 from analyses import _drawing as drawing
 from analyses._results import write_about, write_tables
-from analyses.finetuning import docstrings, models, pairs
+from analyses.finetuning import starting_point
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
-from analyses.finetuning.task import PairModel, make_task
 from analyses.merge import tuned
 from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
 from dora_dynamics.plotting import save
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from analyses.finetuning.task import Examples, Task
+    from analyses.finetuning.task import Examples, PairModel
     from dora_dynamics.sites import Site
 
 ROLES: Final = ("query", "value")
@@ -221,21 +219,13 @@ def draw(table: pd.DataFrame, checks: pd.DataFrame) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains DoRA for some steps, checks, measures; writes table and figure."""
     parser = argparse.ArgumentParser(prog="python -m analyses.gradient_geometry")
-    parser.add_argument("--model", help="folder or hub name of a base model")
-    parser.add_argument("--data", help="JSONL of pairs; default: docstrings of installed packages")
+    starting_point.add_options(parser, examples=200)
     parser.add_argument("--steps", type=int, default=50, help="of training before measuring")
     parser.add_argument("--batches", type=int, default=64, help="gradients a covariance is of")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--examples", type=int, default=200, help="docstrings of each package")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder to write in")
     options = parser.parse_args(argv)
-    backbone, tokenizer = models.load(options.model)
-    found = pairs.read(options.data) if options.data else docstrings.collect(options.examples)
-    task: Task = make_task(found, 1, tokenizer)
-    device = torch.device(options.device)
-    task = task.to(device)
-    base = PairModel(backbone, len(task.labels)).to(device)
+    started, device = starting_point.load(options, 1), torch.device(options.device)
+    task, base = started.task.to(device), started.base
     base.fit_head(task.train)
     recipe = Recipe("DoRA", options.steps, options.batch_size, LEARNING_RATES["DoRA"])
     model = tuned(base, task, recipe).double()

@@ -13,7 +13,6 @@ import argparse
 import copy
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -23,9 +22,8 @@ import torch
 import dora_dynamics as dd
 from analyses import _drawing as drawing
 from analyses._results import write_about, write_tables
-from analyses.finetuning import docstrings, models, pairs
+from analyses.finetuning import starting_point
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
-from analyses.finetuning.task import PairModel, make_task
 from analyses.finetuning.training import adapt, gradients, make_optimizer, order_of
 from dora_dynamics.plotting import save
 
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from analyses.finetuning.task import Task, Tokens
+    from analyses.finetuning.task import PairModel, Task, Tokens
 
 DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -172,22 +170,15 @@ def draw(table: pd.DataFrame) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, merges, compares, times; writes the table and the figure."""
     parser = argparse.ArgumentParser(prog="python -m analyses.merge")
-    parser.add_argument("--model", help="folder or hub name of a base model")
-    parser.add_argument("--data", help="JSONL of pairs; default: docstrings of installed packages")
+    starting_point.add_options(parser, examples=100)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--texts", type=int, default=32, help="texts in a forward pass")
     parser.add_argument("--rounds", type=int, default=30, help="timings of each model")
-    parser.add_argument("--examples", type=int, default=100, help="docstrings of each package")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder to write in")
     options = parser.parse_args(argv)
-    backbone, tokenizer = models.load(options.model)
-    found = pairs.read(options.data) if options.data else docstrings.collect(options.examples)
-    task = make_task(found, options.texts, tokenizer)
-    device = torch.device(options.device)
-    base = PairModel(backbone, len(task.labels)).to(device)
-    table = measure(base, task.to(device), options)
+    started = starting_point.load(options, options.texts)
+    task = started.task.to(torch.device(options.device))
+    table = measure(started.base, task, options)
     write_tables(options.out, "merge", {"": table}, digits=4)
     write_about(options.out, "merge", {"steps": options.steps})
     files = save(draw(table), options.out / "figures" / "merge")

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 import dora_dynamics as dd
 from analyses import _results
-from analyses.finetuning import docstrings, models, pairs
+from analyses.finetuning import models, pairs, starting_point
 from analyses.finetuning.recipe import Recipe
-from analyses.finetuning.task import PairModel, Task, make_task
+from analyses.finetuning.task import PairModel, Task
 from analyses.finetuning.training import adapt, fine_tune
 from dora_dynamics import provenance
 from dora_dynamics.run_directory import RUN_FILE, TRAJECTORY_FILE, read_run
@@ -106,21 +106,12 @@ def add_options(
     parser: argparse.ArgumentParser, name: str, *, steps: int, batch_size: int, seeds: int
 ) -> None:
     """The options that every recipe of the study has."""
-    parser.add_argument(
-        "--model", help="folder or hub name of a base model; default: packaged MiniLM"
-    )
-    parser.add_argument(
-        "--data",
-        help="JSONL of pairs, or a data set's name; default: docstrings of installed packages",
-    )
+    starting_point.add_options(parser, examples=300)
     parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, from 0 on")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--examples", type=int, default=300, help="docstrings of each package")
     parser.add_argument("--held-out", type=int, default=300, help="pairs kept for the score")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes; default: some a GPU, one on a CPU")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder to write in")
     parser.add_argument("--name", default=name, help="name of the files written")
     parser.add_argument("--redraw", action="store_true", help="use the results of the last time")
     parser.add_argument(
@@ -184,11 +175,8 @@ def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
 
 def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep:
     """Run all jobs from the model and the data that the options name."""
-    found = pairs.read(options.data) if options.data else docstrings.collect(options.examples)
-    backbone, tokenizer = models.load(options.model)
-    task = make_task(found, options.held_out, tokenizer)
-    device = torch.device(options.device)
-    base = PairModel(backbone, len(task.labels)).to(device)
+    started = starting_point.load(options, options.held_out)
+    task, base, device = started.task, started.base, torch.device(options.device)
     base.fit_head(task.train.to(device))
     before = base.score(task.held_out.to(device))
     done: list[dict[str, Any]] = []
@@ -209,8 +197,8 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
     about = {
         "model": Path(options.model).name if options.model else models.MINILM,
         "data": options.data and Path(options.data).name,
-        "pairs": len(found),
-        "data_digest": pairs.digest(found),
+        "pairs": len(started.pairs),
+        "data_digest": pairs.digest(started.pairs),
         "held_out": options.held_out,
         "before": asdict(before),
         "jobs": sorted(done, key=lambda outcome: order[outcome["job"]]),
