@@ -34,7 +34,6 @@ OLDEST: Final = (
 )
 ENVIRONMENTS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "oldest": ("3.11", ("torch==2.6.*", *OLDEST)),
-    "oldest, newest torch": ("3.11", OLDEST),
     "newest": ("3.13", PACKAGES),
 }
 TESTS: Final = (

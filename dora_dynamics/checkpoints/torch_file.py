@@ -120,7 +120,7 @@ def _load(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive that torch does not write: mapping it would take its bytes for values.
+    """Refuse an archive that torch does not write, and cannot map, before anything is unpacked.
 
     Raises:
         CheckpointError: a record is compressed (a bomb can hide behind that), or records together

@@ -202,3 +202,14 @@ def test_generated_bad_runs(command: str, tmp_path: Path, good: Path) -> None:
         shutil.rmtree(run.parent)
     assert answered < campaign(few, many)
     assert answered or not IS_CAMPAIGN
+
+
+@pytest.mark.parametrize("kind", ["magnitude_direction", "coupling"])
+def test_names_are_no_formulas_in_figures(kind: str, tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run", "$\\frac{$", run="$x$", layers=4, roles=("a$b\x1b<xss>",), steps=(0, 1, 2)
+    )
+    assert answer("plot", run, "--kind", kind, "--out", tmp_path / "a.svg") is not None
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "$\\frac{$" in text
+    assert "a$b\\x1b&lt;xss&gt;" in text
