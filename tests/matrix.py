@@ -101,7 +101,7 @@ def installed(folder: str, version: str, pins: tuple[str, ...]) -> bool:
     subprocess.run([str(pyenv[-1]) if pyenv else str(found), "-m", "venv", folder], check=True)
     python = str(Path(folder) / "bin" / "python")
     command = [python, "-m", "pip", "install", "--quiet", "-e", f"{ROOT}[hf,report]"]
-    install = [*command, *pins, "pytest>=8.3", "pytest-xdist", "hypothesis>=6.100"]
+    install = [*command, *pins, "pytest>=8.3", "pytest-xdist", "hypothesis>=6.100", "attrs"]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     print(done.stderr[-2000:], file=sys.stderr)
     return done.returncode == 0
