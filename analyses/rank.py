@@ -27,7 +27,7 @@ from analyses.finetuning.recipe import LEARNING_RATES, PAPER_TOTAL_DECAY, Recipe
 from analyses.finetuning.sweep import Job
 from dora_dynamics.diagnosis.effective_rank import change_of
 from dora_dynamics.plotting import save
-from dora_dynamics.snapshots import load_baseline, load_weights
+from dora_dynamics.runs.snapshots import load_baseline, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,7 +24,7 @@ from dora_dynamics import provenance
 from dora_dynamics.diagnosis.effective_rank import load_with_rank
 from dora_dynamics.diagnosis.references import ABOUT, TABLE
 from dora_dynamics.errors import InputError
-from dora_dynamics.run_directory import read_info
+from dora_dynamics.runs.directory import read_info
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

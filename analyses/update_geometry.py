@@ -25,7 +25,7 @@ from analyses._results import write_about, write_tables
 from analyses.finetuning.recipe import METHODS
 from dora_dynamics.paper import published_points
 from dora_dynamics.plotting import save
-from dora_dynamics.run_directory import read_info
+from dora_dynamics.runs.directory import read_info
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from dora_dynamics.adapters import apply_dora as apply_dora
     from dora_dynamics.adapters import apply_lora as apply_lora
     from dora_dynamics.adapters import merge as merge
-    from dora_dynamics.baseline_source import capture_baseline as capture_baseline
     from dora_dynamics.checkpoints import compare_checkpoints as compare_checkpoints
     from dora_dynamics.decomposition import UnitChange as UnitChange
     from dora_dynamics.decomposition import WeightChange as WeightChange
@@ -28,11 +27,12 @@ if TYPE_CHECKING:
     from dora_dynamics.effective import register_dequantizer as register_dequantizer
     from dora_dynamics.effective import register_effective_weight as register_effective_weight
     from dora_dynamics.recorder import Recorder as Recorder
+    from dora_dynamics.recording.baseline_source import capture_baseline as capture_baseline
     from dora_dynamics.report import write_report as write_report
-    from dora_dynamics.run_directory import load_runs as load_runs
+    from dora_dynamics.runs.directory import load_runs as load_runs
+    from dora_dynamics.runs.snapshots import load_units as load_units
+    from dora_dynamics.runs.snapshots import remeasure as remeasure
     from dora_dynamics.sites import register_linear as register_linear
-    from dora_dynamics.snapshots import load_units as load_units
-    from dora_dynamics.snapshots import remeasure as remeasure
     from dora_dynamics.statistics import coupling as coupling
     from dora_dynamics.statistics import select_checkpoints as select_checkpoints
 
@@ -45,21 +45,21 @@ _HOME = {
     "WeightChange": "decomposition",
     "apply_dora": "adapters",
     "apply_lora": "adapters",
-    "capture_baseline": "baseline_source",
+    "capture_baseline": "recording.baseline_source",
     "compare_checkpoints": "checkpoints",
     "coupling": "statistics",
     "diagnose": "diagnosis",
     "direction": "decomposition",
     "effective_weight": "effective",
-    "load_runs": "run_directory",
-    "load_units": "snapshots",
+    "load_runs": "runs.directory",
+    "load_units": "runs.snapshots",
     "low_rank_change": "decomposition",
     "magnitude": "decomposition",
     "merge": "adapters",
     "register_dequantizer": "effective",
     "register_effective_weight": "effective",
     "register_linear": "sites",
-    "remeasure": "snapshots",
+    "remeasure": "runs.snapshots",
     "select_checkpoints": "statistics",
     "weight_change": "decomposition",
     "write_report": "report",

@@ -15,7 +15,7 @@ import torch
 
 from dora_dynamics import _kernels
 from dora_dynamics.errors import InputError
-from dora_dynamics.unit_arithmetic import (
+from dora_dynamics.units.arithmetic import (
     MEASURES,
     Measures,
     has_direction,

@@ -25,9 +25,9 @@ from dora_dynamics.decomposition import (
 from dora_dynamics.effective import Check, Dense, LowRank
 from dora_dynamics.effective.factors import built
 from dora_dynamics.sharded import Adapted
-from dora_dynamics.unit_arithmetic import MEASURES, rescaled, unit_arrays
-from dora_dynamics.unit_batches import Ranges, batched_sums, length, positions
-from dora_dynamics.unit_summary import UnitSummary, finished
+from dora_dynamics.units.arithmetic import MEASURES, rescaled, unit_arrays
+from dora_dynamics.units.batches import Ranges, batched_sums, length, positions
+from dora_dynamics.units.summary import UnitSummary, finished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dora_dynamics import run_directory
-from dora_dynamics.baseline import Baselines, Place
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
-from dora_dynamics.followed import Followed, common_method, follow
 from dora_dynamics.recording import Recording, Watch
+from dora_dynamics.recording.baseline import Baselines, Place
+from dora_dynamics.recording.followed import Followed, common_method, follow
 from dora_dynamics.recording.metrics import role_means
 from dora_dynamics.recording.optimizers import settings, unwrapped
-from dora_dynamics.resume import choose_baseline, read_progress
-from dora_dynamics.run_directory import RunInfo
+from dora_dynamics.recording.resume import choose_baseline, read_progress
+from dora_dynamics.runs import directory as run_directory
+from dora_dynamics.runs.directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
 from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import Site, check_ties, find_sites, once, other_names, tensor_names
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from dora_dynamics.baseline_source import CapturedBaseline
-    from dora_dynamics.resume import Progress
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.recording.baseline_source import CapturedBaseline
+    from dora_dynamics.recording.resume import Progress
+    from dora_dynamics.runs.directory import StrPath
 
 Granularity = Literal["matrix", "head"]
 

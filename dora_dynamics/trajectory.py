@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import pandas as pd
 
 from dora_dynamics.errors import InputError
-from dora_dynamics.unit_summary import UnitSummary, summary_of
+from dora_dynamics.units.summary import UnitSummary, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

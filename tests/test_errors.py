@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
-from dora_dynamics.baseline_source import BaselineError
 from dora_dynamics.checkpoints.errors import CheckpointError
 from dora_dynamics.effective import NoDenseWeightError
 from dora_dynamics.errors import InputError
-from dora_dynamics.run_directory import RunDirectoryError
+from dora_dynamics.recording.baseline_source import BaselineError
+from dora_dynamics.runs.directory import RunDirectoryError
 from dora_dynamics.sites import NoHeadsError, NoSiteMatchesError, UnknownAxisError
 from dora_dynamics.trajectory import TrajectoryError
 

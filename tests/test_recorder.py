@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
-from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
+from dora_dynamics.runs.directory import RunDirectoryError, read_info, read_run
 from dora_dynamics.sites import NoSiteMatchesError
 from tests.conftest import PATIENCE
 from tests.recording.training import METHODS, TARGETS, adamw, adapt, recorded_steps, weight_of

@@ -20,7 +20,7 @@ from analyses.finetuning.recipe import Recipe
 from analyses.finetuning.task import PairModel, Task
 from analyses.finetuning.training import adapt, fine_tune
 from dora_dynamics import provenance
-from dora_dynamics.run_directory import RUN_FILE, TRAJECTORY_FILE, read_run
+from dora_dynamics.runs.directory import RUN_FILE, TRAJECTORY_FILE, read_run
 
 if TYPE_CHECKING:
     import argparse

@@ -31,7 +31,7 @@ from dora_dynamics.checkpoints.spreading import Processes
 from dora_dynamics.checkpoints.updates import change_of, is_built
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
-from dora_dynamics.run_directory import RUN_FILE, RunInfo
+from dora_dynamics.runs.directory import RUN_FILE, RunInfo
 from dora_dynamics.sites import other_names
 from dora_dynamics.trajectory import to_table, trajectory_row
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
-from dora_dynamics import run_directory, run_lock
 from dora_dynamics.checkpoints.errors import CheckpointError
-from dora_dynamics.run_directory import (
+from dora_dynamics.runs import directory as run_directory
+from dora_dynamics.runs import lock as run_lock
+from dora_dynamics.runs.directory import (
     RUN_FILE,
     TRAJECTORY_FILE,
     RunInfo,

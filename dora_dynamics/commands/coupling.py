@@ -42,7 +42,7 @@ def coupling(
 
     from dora_dynamics.commands.printing import print_json, records, say
     from dora_dynamics.commands.run_paths import named_runs, refuse_many_groups
-    from dora_dynamics.run_directory import load_runs
+    from dora_dynamics.runs.directory import load_runs
     from dora_dynamics.statistics import coupling as couple
     from dora_dynamics.statistics import select_checkpoints
 

@@ -42,7 +42,7 @@ def plot(paths: tuple[str, ...], kind: str, signed: bool, style: str, out: Path)
 
     from dora_dynamics import plotting
     from dora_dynamics.commands.run_paths import named_runs, refuse_many_groups
-    from dora_dynamics.run_directory import load_runs
+    from dora_dynamics.runs.directory import load_runs
     from dora_dynamics.statistics import coupling, select_checkpoints
 
     if out.suffix not in (".png", ".svg", ".pdf"):

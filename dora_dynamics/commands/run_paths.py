@@ -21,7 +21,7 @@ def named_runs(paths: tuple[str, ...]) -> list[str]:
     from glob import glob
     from pathlib import Path
 
-    from dora_dynamics.run_directory import RUN_FILE
+    from dora_dynamics.runs.directory import RUN_FILE
 
     found: list[str] = []
     for path in paths:

@@ -14,7 +14,7 @@ def runs(paths: tuple[str, ...], as_json: bool) -> None:
     """Say what each RUN directory holds: method, axis, sites, steps, baseline."""
     from dora_dynamics.commands.printing import print_json, say
     from dora_dynamics.commands.run_paths import named_runs
-    from dora_dynamics.run_directory import read_info, read_run
+    from dora_dynamics.runs.directory import read_info, read_run
 
     described = []
     for path in named_runs(paths):

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 
 from dora_dynamics.effective import Dense, LowRank, built
-from dora_dynamics.run_directory import RunDirectoryError, load_runs, read_info
-from dora_dynamics.snapshots import kept_steps, load_baseline, load_weights
+from dora_dynamics.runs.directory import RunDirectoryError, load_runs, read_info
+from dora_dynamics.runs.snapshots import kept_steps, load_baseline, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dora_dynamics.effective import EffectiveWeight
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.runs.directory import StrPath
     from dora_dynamics.sites import Site
 
 

@@ -16,7 +16,7 @@ from dora_dynamics.statistics import layer_codes, select_checkpoints
 from dora_dynamics.trajectory import typed
 
 if TYPE_CHECKING:
-    from dora_dynamics._cell import IntArray
+    from dora_dynamics.statistics.cell import IntArray
 
 Runs: TypeAlias = pd.DataFrame | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 

@@ -12,9 +12,9 @@ from dora_dynamics.diagnosis.measures import LEVELS, MEASURES, Measure, row_meas
 from dora_dynamics.statistics import layer_codes, panel
 
 if TYPE_CHECKING:
-    from dora_dynamics._cell import IntArray
-    from dora_dynamics._points import Panel
     from dora_dynamics.correlation import FloatArray
+    from dora_dynamics.statistics.cell import IntArray
+    from dora_dynamics.statistics.points import Panel
 
 _RULES: Final = ("decay fit", "decay and turning fit", "own radial share", "growth")
 COLUMNS: Final[tuple[Measure, ...]] = (*MEASURES, *(Measure(name, "") for name in _RULES))

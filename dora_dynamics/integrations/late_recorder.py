@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from dora_dynamics.recorder import Recorder
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.runs.directory import StrPath
 
 
 class LateRecorder:

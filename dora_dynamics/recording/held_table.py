@@ -8,7 +8,7 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO
 
-from dora_dynamics.trajectory_csv import TRAJECTORY_FILE
+from dora_dynamics.runs.trajectory_csv import TRAJECTORY_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path

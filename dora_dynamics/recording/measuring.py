@@ -10,15 +10,15 @@ from dora_dynamics._arrays import is_sharded
 from dora_dynamics._precision import full_precision
 from dora_dynamics.measurement import Measured, Measurement, checks_of
 from dora_dynamics.sharded import Adapted
-from dora_dynamics.unit_summary import unmeasured
+from dora_dynamics.units.summary import unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dora_dynamics.baseline import Baselines
     from dora_dynamics.decomposition import Axis
     from dora_dynamics.effective import Check, EffectiveWeight
     from dora_dynamics.measurement import Triple
+    from dora_dynamics.recording.baseline import Baselines
     from dora_dynamics.sites import Site
 
 _AT_A_TIME: Final = 1 << 28

@@ -12,17 +12,17 @@ from dora_dynamics.recording.measuring import Measuring
 from dora_dynamics.recording.rows import RecordedRows
 from dora_dynamics.recording.step import RecordedStep
 from dora_dynamics.recording.troubles import Troubles, in_words
+from dora_dynamics.runs.snapshots import has_baseline
 from dora_dynamics.sharded import ShardingError
 from dora_dynamics.sharded.collectives import by_main_process
-from dora_dynamics.snapshots import has_baseline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from dora_dynamics.baseline import Baselines
-    from dora_dynamics.resume import Progress
-    from dora_dynamics.run_directory import RunInfo
+    from dora_dynamics.recording.baseline import Baselines
+    from dora_dynamics.recording.resume import Progress
+    from dora_dynamics.runs.directory import RunInfo
     from dora_dynamics.sites import Site
 
 

@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from dora_dynamics import run_directory, run_lock, trajectory_csv
 from dora_dynamics.recording.held_table import HeldTable
 from dora_dynamics.recording.troubles import in_words
-from dora_dynamics.run_directory import RUN_FILE, RunDirectoryError
+from dora_dynamics.runs import directory as run_directory
+from dora_dynamics.runs import lock as run_lock
+from dora_dynamics.runs import trajectory_csv
+from dora_dynamics.runs.directory import RUN_FILE, RunDirectoryError
+from dora_dynamics.runs.trajectory_csv import TRAJECTORY_FILE
 from dora_dynamics.trajectory import to_table
-from dora_dynamics.trajectory_csv import TRAJECTORY_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from dora_dynamics.recording.resume import Progress
     from dora_dynamics.recording.troubles import Troubles
-    from dora_dynamics.resume import Progress
-    from dora_dynamics.run_directory import RunInfo
+    from dora_dynamics.runs.directory import RunInfo
 
 Row = dict[str, object]
 

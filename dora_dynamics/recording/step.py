@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from dora_dynamics import snapshots
+from dora_dynamics.runs import snapshots
 from dora_dynamics.trajectory import trajectory_row
 
 if TYPE_CHECKING:

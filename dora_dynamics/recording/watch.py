@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_dynamics.followed import MagnitudeParameters
+from dora_dynamics.recording.followed import MagnitudeParameters
 from dora_dynamics.recording.optimizers import StepDecay, trains_any, was_skipped
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
-    from dora_dynamics.followed import Followed
+    from dora_dynamics.recording.followed import Followed
 
 
 class Watch:

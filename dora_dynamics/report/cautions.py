@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 import pandas as pd
 
-from dora_dynamics._intervals import MINIMUM_LAYERS
 from dora_dynamics.report.recorded import CHECKPOINTS
+from dora_dynamics.statistics.intervals import MINIMUM_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

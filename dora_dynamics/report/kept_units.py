@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dora_dynamics.report import packing
-from dora_dynamics.run_directory import RunDirectoryError
-from dora_dynamics.snapshots import load_units
+from dora_dynamics.runs.directory import RunDirectoryError
+from dora_dynamics.runs.snapshots import load_units
 
 if TYPE_CHECKING:
     from dora_dynamics.decomposition import UnitChange

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_dynamics.report.errors import ReportError
-from dora_dynamics.run_directory import RunInfo, load_runs, read_info
+from dora_dynamics.runs.directory import RunInfo, load_runs, read_info
 from dora_dynamics.statistics import select_checkpoints
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.runs.directory import StrPath
 
 CHECKPOINTS = 4
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from dora_dynamics.report.panels import Panel
     from dora_dynamics.report.paper_figure import Fit
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.runs.directory import StrPath
 
 _SCRIPTS: Final = (
     "unpack.js",

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 
 import dora_dynamics as dd
-from dora_dynamics import run_directory
 from dora_dynamics._kernels import threads
 from dora_dynamics.checkpoints import CheckpointError, compare, compare_checkpoints, updates
-from dora_dynamics.run_directory import RunDirectoryError, load_runs, read_info
+from dora_dynamics.runs import directory as run_directory
+from dora_dynamics.runs.directory import RunDirectoryError, load_runs, read_info
 
 from .models import bert, state
 

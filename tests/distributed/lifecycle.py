@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import dora_dynamics as dd
 from dora_dynamics.effective import NoDenseWeightError
-from dora_dynamics.run_directory import RunDirectoryError
+from dora_dynamics.runs.directory import RunDirectoryError
 from dora_dynamics.sharded import ShardingError
 from tests.distributed.recording import (
     HAS_PEFT,

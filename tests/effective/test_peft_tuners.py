@@ -14,10 +14,10 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 import dora_dynamics as dd
-from dora_dynamics.baseline_source import BaselineError
 from dora_dynamics.effective import NoDenseWeightError, dense_weight, is_merged
 from dora_dynamics.effective.peft_layers import is_tuner_layer, resolved
 from dora_dynamics.effective.peft_weights import how_read
+from dora_dynamics.recording.baseline_source import BaselineError
 from tests.effective.peft_cases import Case, OnCpu, all_cases
 from tests.effective.waits import Waits
 from tests.integrations.test_transfers import Watch

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import dora_dynamics as dd
-from dora_dynamics.baseline_source import BaselineError
 from dora_dynamics.effective import (
     LowRank,
     NoDenseWeightError,
@@ -22,6 +21,7 @@ from dora_dynamics.effective import (
     method_of,
     stored_parameter,
 )
+from dora_dynamics.recording.baseline_source import BaselineError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
-from dora_dynamics.run_directory import RunDirectoryError
+from dora_dynamics.runs.directory import RunDirectoryError
 from tests.integrations.loops import adamw, step_with
 
 if TYPE_CHECKING:

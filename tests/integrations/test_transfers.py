@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import dora_dynamics as dd
-from dora_dynamics import snapshots
+from dora_dynamics.runs import snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import dora_dynamics as dd
-from dora_dynamics.run_directory import RunDirectoryError
+from dora_dynamics.runs import directory
+from dora_dynamics.runs.directory import RunDirectoryError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,7 +122,7 @@ def test_rows_of_scheduled_and_saved_steps(tmp_path: Path) -> None:
         assert row.delta_magnitude == pytest.approx(change.delta_magnitude, rel=1e-6)
     assert (table.query("step > 0")["update_norm"] > 0).all()
     pd.testing.assert_frame_equal(callback.trajectory, table)
-    info = dd.run_directory.read_info(tmp_path / "run")
+    info = directory.read_info(tmp_path / "run")
     assert info.seed == 11
     assert info.hyperparameters["optimizer"] == "AdamW"
     assert info.hyperparameters["max_steps"] == 8
@@ -344,7 +345,7 @@ def test_every_option_of_the_recorder_passes_through(tmp_path: Path) -> None:
         hyperparameters={"note": "x"}, run_dir=tmp_path / "run",
     )  # fmt: skip
     trainer(tmp_path, [callback], max_steps=4, save_strategy="no").train()
-    info = dd.run_directory.read_info(tmp_path / "run")
+    info = directory.read_info(tmp_path / "run")
     assert (info.axis, info.method, info.seed) == ("input", "mine", 7)
     assert info.hyperparameters["note"] == "x"
     assert set(callback.trajectory["head"]) == {0, 1}

@@ -15,8 +15,8 @@ from torch import nn
 import dora_dynamics as dd
 from dora_dynamics import measurement
 from dora_dynamics._kernels import queue_dense_sums
-from dora_dynamics.baseline import Baselines
-from dora_dynamics.followed import Followed
+from dora_dynamics.recording.baseline import Baselines
+from dora_dynamics.recording.followed import Followed
 from tests.recording.training import METHODS, TARGETS, adamw, adapt, tensors_held, weight_of
 
 if TYPE_CHECKING:

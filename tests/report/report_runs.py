@@ -10,9 +10,9 @@ import pandas as pd
 
 from dora_dynamics.decomposition import UnitChange
 from dora_dynamics.report.recorded import Recorded, Run
-from dora_dynamics.run_directory import RunInfo, append_rows, create_run, write_info
+from dora_dynamics.runs.directory import RunInfo, append_rows, create_run, write_info
+from dora_dynamics.runs.snapshots import save_units
 from dora_dynamics.sites import Site
-from dora_dynamics.snapshots import save_units
 from dora_dynamics.statistics import select_checkpoints
 from dora_dynamics.trajectory import COLUMNS, validate
 

@@ -26,7 +26,7 @@ from dora_dynamics.report.page_data import page_data
 from dora_dynamics.report.series import MEASURES, MOST_VALUES, lay_out
 from dora_dynamics.report.words import three_digits
 from dora_dynamics.report.writing import as_script_json, figures_json
-from dora_dynamics.run_directory import RunDirectoryError
+from dora_dynamics.runs.directory import RunDirectoryError
 from tests.report.report_runs import make_run, many_rows
 from tests.report.unpacking import unpack
 

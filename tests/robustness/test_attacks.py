@@ -21,7 +21,7 @@ from dora_dynamics.checkpoints import CheckpointError, compare_checkpoints
 from dora_dynamics.commands import sites
 from dora_dynamics.diagnosis import diagnose
 from dora_dynamics.errors import InputError
-from dora_dynamics.run_directory import RunDirectoryError, load_runs
+from dora_dynamics.runs.directory import RunDirectoryError, load_runs
 from tests.report.report_runs import make_run
 from tests.robustness.bad_files import answer, soon
 from tests.robustness.test_bad_checkpoints import Q, base, peft_adapter, weights

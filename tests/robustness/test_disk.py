@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dora_dynamics as dd
-from dora_dynamics.baseline import Baselines
+from dora_dynamics.recording.baseline import Baselines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dora_dynamics as dd
-from dora_dynamics.run_directory import RunDirectoryError, create_run
+from dora_dynamics.runs.directory import RunDirectoryError, create_run
 from tests.conftest import campaign
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import dora_dynamics as dd
-from dora_dynamics import run_lock
 from dora_dynamics.checkpoints import compare_checkpoints
-from dora_dynamics.run_directory import RunDirectoryError
+from dora_dynamics.runs import lock as run_lock
+from dora_dynamics.runs.directory import RunDirectoryError
 from tests.conftest import PATIENCE
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 HOLD = """
 import sys, pathlib
-from dora_dynamics import run_lock
+from dora_dynamics.runs import lock as run_lock
 keep = run_lock.hold(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.readline()

@@ -16,12 +16,12 @@ from torch import nn
 
 import dora_dynamics as dd
 from dora_dynamics.decomposition import UnitChange
-from dora_dynamics.run_directory import RunInfo, append_rows, create_run, write_info
+from dora_dynamics.runs.directory import RunInfo, append_rows, create_run, write_info
 from dora_dynamics.trajectory import to_table
-from dora_dynamics.unit_arithmetic import MEASURES
+from dora_dynamics.units.arithmetic import MEASURES
 from tests.conftest import campaign
+from tests.runs.test_directory import rows
 from tests.simulated import simulated
-from tests.test_run_directory import rows
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 SEEDS = st.integers(0, 2**31)

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 import dora_dynamics as dd
 from dora_dynamics.cli import main
 from dora_dynamics.errors import InputError
-from dora_dynamics.run_directory import (
+from dora_dynamics.runs.directory import (
     append_rows,
     create_run,
     read_info,
@@ -30,7 +30,7 @@ from dora_dynamics.run_directory import (
 from dora_dynamics.trajectory import COLUMNS
 from tests.conftest import campaign
 from tests.robustness.bad_files import damaged, soon, told_by
-from tests.test_run_directory import rows
+from tests.runs.test_directory import rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from torch import nn
 
 import dora_dynamics as dd
 from dora_dynamics.cli import main as cli
-from dora_dynamics.run_directory import read_info
+from dora_dynamics.runs.directory import read_info
 
 
 def tied_model() -> Any:

@@ -15,15 +15,15 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
-from dora_dynamics._intervals import MINIMUM_LAYERS, bootstrap, jackknife
-from dora_dynamics._points import ESTIMATES, Panel, PanelLevel, Points, UnitRows
 from dora_dynamics.errors import InputError
+from dora_dynamics.statistics.intervals import MINIMUM_LAYERS, bootstrap, jackknife
+from dora_dynamics.statistics.points import ESTIMATES, Panel, PanelLevel, Points, UnitRows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dora_dynamics._cell import IntArray
     from dora_dynamics.correlation import BoolArray, FloatArray
+    from dora_dynamics.statistics.cell import IntArray
 
 Level: TypeAlias = Literal["pooled", "within_step", "within_layer", "units"]
 Interval: TypeAlias = Literal["bootstrap", "jackknife"]

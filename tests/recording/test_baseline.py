@@ -15,9 +15,9 @@ from torch import nn
 
 import dora_dynamics as dd
 import dora_dynamics.recording.measuring
-from dora_dynamics.baseline_source import BaselineError, CapturedBaseline
 from dora_dynamics.checkpoints import CheckpointError, opening
 from dora_dynamics.measurement import Measurement
+from dora_dynamics.recording.baseline_source import BaselineError, CapturedBaseline
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ import numpy as np
 
 from dora_dynamics._arrays import Array, as_numbers, library_of
 from dora_dynamics.correlation import moments, relations
-from dora_dynamics.unit_arithmetic import DIRECTED, TERMS, Measures, measures, named, terms
+from dora_dynamics.units.arithmetic import DIRECTED, TERMS, Measures, measures, named, terms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

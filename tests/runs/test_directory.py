@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dora_dynamics as dd
-from dora_dynamics.run_directory import (
+from dora_dynamics.runs.directory import (
     RunDirectoryError,
     RunInfo,
     append_rows,

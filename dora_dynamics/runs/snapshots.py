@@ -26,11 +26,11 @@ from dora_dynamics.decomposition import AXES, Axis, UnitChange
 from dora_dynamics.effective import Dense, EffectiveWeight, LowRank
 from dora_dynamics.errors import InputError
 from dora_dynamics.measurement import summarize_all
-from dora_dynamics.run_directory import RunDirectoryError, read_info, read_run
-from dora_dynamics.run_files import checked_path
+from dora_dynamics.runs.directory import RunDirectoryError, read_info, read_run
+from dora_dynamics.runs.files import checked_path
 from dora_dynamics.sites import Site
 from dora_dynamics.trajectory import to_table, trajectory_row
-from dora_dynamics.unit_summary import unmeasured
+from dora_dynamics.units.summary import unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.runs.directory import StrPath
 
 BASELINE_FILE: Final = "baseline.safetensors"
 _BY_COLUMN: Final = "by_column"

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import stats
 
-from dora_dynamics._points import ESTIMATES
+from dora_dynamics.statistics.points import ESTIMATES
 
 if TYPE_CHECKING:
-    from dora_dynamics._cell import IntArray
-    from dora_dynamics._points import Points
     from dora_dynamics.correlation import FloatArray
+    from dora_dynamics.statistics.cell import IntArray
+    from dora_dynamics.statistics.points import Points
 
 MINIMUM_LAYERS: Final = 4
 _TAIL: Final = 0.1  # share of the resamples beyond either end of the range that gives the spread

@@ -14,7 +14,7 @@ import numpy as np
 
 from dora_dynamics._arrays import Array, library_of
 from dora_dynamics._kernels import on_device
-from dora_dynamics.unit_summary import summary_sums, summary_terms
+from dora_dynamics.units.summary import summary_sums, summary_terms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from dora_dynamics._arrays import is_sharded
-from dora_dynamics.baseline_source import BaselineError, given_weights, refuse_rewritten
 from dora_dynamics.effective import Dense, EffectiveWeight, NoDenseWeightError, version_of
 from dora_dynamics.effective.peft_layers import refuse_model
 from dora_dynamics.errors import InputError
+from dora_dynamics.recording.baseline_source import BaselineError, given_weights, refuse_rewritten
 from dora_dynamics.sharded import Adapted, ShardingError
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
 
-    from dora_dynamics.baseline_source import CapturedBaseline
-    from dora_dynamics.followed import Followed
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.recording.baseline_source import CapturedBaseline
+    from dora_dynamics.recording.followed import Followed
+    from dora_dynamics.runs.directory import StrPath
     from dora_dynamics.sites import Site
 
 

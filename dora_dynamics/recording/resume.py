@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dynamics._arrays import is_sharded
 from dora_dynamics.decomposition import magnitude
-from dora_dynamics.run_directory import RunDirectoryError, RunInfo, read_info, read_run
-from dora_dynamics.run_files import TABLE_LIMIT, checked_path, opened
-from dora_dynamics.snapshots import load_baseline
-from dora_dynamics.trajectory_csv import TRAJECTORY_FILE, complete_lines
+from dora_dynamics.runs.directory import RunDirectoryError, RunInfo, read_info, read_run
+from dora_dynamics.runs.files import TABLE_LIMIT, checked_path, opened
+from dora_dynamics.runs.snapshots import load_baseline
+from dora_dynamics.runs.trajectory_csv import TRAJECTORY_FILE, complete_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
     from dora_dynamics.decomposition import Axis
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.runs.directory import StrPath
     from dora_dynamics.sites import Site
 
 _SAME_MAGNITUDE = 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dora_dynamics.followed import Followed, MagnitudeParameters
+from dora_dynamics.recording.followed import Followed, MagnitudeParameters
 
 
 def test_a_magnitude_parameter_is_looked_up_again_where_it_may_have_changed() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dora_dynamics.effective.peft_layers import rewriting_method
 from dora_dynamics.errors import InputError
-from dora_dynamics.followed import Followed, follow
+from dora_dynamics.recording.followed import Followed, follow
 from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import find_sites, once
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from dora_dynamics.run_directory import StrPath
+    from dora_dynamics.runs.directory import StrPath
     from dora_dynamics.sites import Granularity, Site
 
 

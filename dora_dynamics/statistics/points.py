@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
-from dora_dynamics._cell import Cell, IntArray
 from dora_dynamics.correlation import exponent_of
+from dora_dynamics.statistics.cell import Cell, IntArray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

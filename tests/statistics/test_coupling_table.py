@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import dora_dynamics.statistics
+import dora_dynamics
 from dora_dynamics.errors import InputError
 from dora_dynamics.statistics import Level, coupling, select_checkpoints
 from tests.simulated import BOUNDS, CELLS, ESTIMATES, UNIT_COLUMNS, by_loop, one, simulated
 
-PAPER = Path(dora_dynamics.statistics.__file__).parent / "data" / "paper_figures_2_and_5.csv"
+PAPER = Path(dora_dynamics.__file__).parent / "data" / "paper_figures_2_and_5.csv"
 
 
 @pytest.mark.parametrize("heads", [0, 3])

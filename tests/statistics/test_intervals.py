@@ -13,7 +13,7 @@ from dora_dynamics.statistics import Level, coupling
 from tests.simulated import BOUNDS, CELLS, ESTIMATES, UNIT_COLUMNS, one, simulated
 
 if TYPE_CHECKING:
-    from dora_dynamics._cell import IntArray
+    from dora_dynamics.statistics.cell import IntArray
 
 
 def test_the_jackknife_interval_is_the_textbooks_on_one_run() -> None:

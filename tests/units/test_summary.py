@@ -11,10 +11,10 @@ import torch
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_dynamics import unit_batches
-from dora_dynamics.unit_arithmetic import MEASURES, rescaled, unit_arrays
-from dora_dynamics.unit_batches import batched_sums
-from dora_dynamics.unit_summary import UnitSummary, finished, summary_sums, summary_terms
+from dora_dynamics.units import batches as unit_batches
+from dora_dynamics.units.arithmetic import MEASURES, rescaled, unit_arrays
+from dora_dynamics.units.batches import batched_sums
+from dora_dynamics.units.summary import UnitSummary, finished, summary_sums, summary_terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from dora_dynamics.run_files import RunDirectoryError
+from dora_dynamics.runs.files import RunDirectoryError
 
 try:
     import fcntl

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import pandas as pd
 
-from dora_dynamics import provenance, strict_json, trajectory_csv
+from dora_dynamics import provenance, strict_json
 from dora_dynamics.decomposition import Axis
-from dora_dynamics.run_files import INFO_LIMIT, TABLE_LIMIT, checked_path, opened
-from dora_dynamics.run_files import RunDirectoryError as RunDirectoryError
+from dora_dynamics.runs import trajectory_csv
+from dora_dynamics.runs.files import INFO_LIMIT, TABLE_LIMIT, checked_path, opened
+from dora_dynamics.runs.files import RunDirectoryError as RunDirectoryError
+from dora_dynamics.runs.trajectory_csv import TRAJECTORY_FILE as TRAJECTORY_FILE
 from dora_dynamics.schedule import Keep
 from dora_dynamics.trajectory import SCHEMA_VERSION, TrajectoryError
-from dora_dynamics.trajectory_csv import TRAJECTORY_FILE as TRAJECTORY_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

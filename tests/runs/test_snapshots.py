@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import dora_dynamics as dd
 from dora_dynamics.effective import LowRank
-from dora_dynamics.run_directory import RunDirectoryError, read_run
-from dora_dynamics.snapshots import load_baseline, load_weights
+from dora_dynamics.runs.directory import RunDirectoryError, read_run
+from dora_dynamics.runs.snapshots import load_baseline, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
