@@ -62,7 +62,7 @@ def bytes_moved() -> np.ndarray[Any, np.dtype[np.float64]]:
 
 @pytest.mark.campaign
 def test_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records, parts = campaign(2_000, 100_000), 10
+    records, parts = campaign(1_000, 100_000), 10
     monkeypatch.setattr(os, "fsync", lambda _: None)  # the disk is not what is tested
     torch.manual_seed(0)
     model = nn.ModuleDict({"query": nn.Linear(5, 4)})

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from dora_dynamics.statistics import Level, coupling
+from tests.conftest import campaign
 from tests.simulated import BOUNDS, CELLS, ESTIMATES, UNIT_COLUMNS, one, simulated
 
 if TYPE_CHECKING:
@@ -125,11 +126,15 @@ def test_resamples_of_few_layers_do_not_blow_up_the_interval() -> None:
     assert width["bootstrap"] < 1.2 * width["jackknife"]
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("interval", ["bootstrap", "jackknife"])
 def test_the_interval_covers_the_truth(interval: str, runs: int) -> None:
     draws = pd.concat(
-        [simulated(runs=runs, rho=0.7, seed=seed).assign(method=seed) for seed in range(150)]
+        [
+            simulated(runs=runs, rho=0.7, seed=seed).assign(method=seed)
+            for seed in range(campaign(75, 150))
+        ]
     )
     found = coupling(draws, "method", interval=interval, resamples=200, permutations=0)  # type: ignore[arg-type]
     for name in ("pearson", "slope"):
@@ -138,13 +143,14 @@ def test_the_interval_covers_the_truth(interval: str, runs: int) -> None:
     assert (found["pearson_high"] - found["pearson_low"]).median() < 1.5
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("missing", [0.0, 0.3])
 @pytest.mark.parametrize("level", [*CELLS, "units"])
 def test_without_a_relation_the_p_value_is_about_uniform(level: Level, missing: float) -> None:
     draws = pd.concat(
         [
             simulated(runs=2, layers=7, steps=5, rho=0, seed=seed).assign(method=seed)
-            for seed in range(120)
+            for seed in range(campaign(60, 120))
         ]
     )
     if level in ("pooled", "within_layer"):  # whose steps must be exchangeable, so: no layer effect
