@@ -92,7 +92,7 @@ def low_rank(results: Path) -> str:
         built = min(ways[name]["extra_mb"] for name in times)
         if found["extra_mb"] > built:
             missed.append(f"{case} on {device} (more memory)")
-        memory = [f"{megabytes:.0f}" for megabytes in (found["extra_mb"], built)]
+        memory = ["" if pd.isna(mb) else f"{mb:.0f}" for mb in (found["extra_mb"], built)]
         rows.append(
             [device, case, *(ratio(times[n]) if n in times else "" for n in names), *memory]
         )
