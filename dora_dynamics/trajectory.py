@@ -9,6 +9,8 @@ What becomes of unusual weights:
   are NaN; other rows are as ever.
 - Weights that explode: exact as long as their squares fit float64.
 - Units of zero norm: counted in `zero_units`; in ΔM, left out of ΔD, which is NaN where all are.
+- Units that shrink more than a billionfold: exact in ΔM, but what is left of them has lost its
+  direction to rounding, so that their part in ΔD lies anywhere in [0, 2].
 - Weights that stay: ΔM and ΔD exactly 0; couplings NaN.
 - Denormal weights, and turns below what fp32 can say: exact, in memory and on disk.
 - Steps that a gradient scaler skips are no steps: not counted, no rows.

@@ -113,7 +113,8 @@ def create_run(path: StrPath, *, overwrite: bool = False) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         for kept in ("units", "weights"):
             checked_path(directory / kept, directory)
-        for name in (TRAJECTORY_FILE, RUN_FILE, f"{RUN_FILE}.partial"):
+        # `run.json` first: whoever is killed in between leaves no run that lacks its table.
+        for name in (RUN_FILE, f"{RUN_FILE}.partial", TRAJECTORY_FILE):
             (directory / name).unlink(missing_ok=True)  # a link, not what it leads to
         with (directory / TRAJECTORY_FILE).open("xb") as file:
             file.write(trajectory_csv.header())

@@ -169,7 +169,7 @@ def test_generated_bad_checkpoints(kind: str, tmp_path: Path, base: Path) -> Non
         pytest.importorskip("peft")
     (tmp_path / "good").mkdir()
     good = build(tmp_path / "good")
-    right = {name: expected(weights(0)[name], after) for name, after in told(good).items()}
+    right = {name: of_change(weights(0)[name], after) for name, after in told(good).items()}
     rng, read = random.Random(kind), 0
     tries = campaign(6, 90)
     for number in range(tries):
@@ -192,7 +192,7 @@ def test_generated_bad_checkpoints(kind: str, tmp_path: Path, base: Path) -> Non
         try:
             with soon():
                 known = {name: after for name, after in told(path).items() if name in NAMES}
-            wanted = {n: expected(weights(0)[n], after) for n, after in known.items()}
+            wanted = {n: of_change(weights(0)[n], after) for n, after in known.items()}
         except (
             Exception,
             CheckpointException,
@@ -203,11 +203,23 @@ def test_generated_bad_checkpoints(kind: str, tmp_path: Path, base: Path) -> Non
     assert read or not IS_CAMPAIGN
 
 
-def check(
-    rows: list[dict[str, Any]], wanted: dict[str, tuple[float, float, float]], what: str
-) -> None:
+def of_change(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """What a row must say; nothing of ΔD where rounding may take a unit's direction.
+
+    The sums are of differences: they lose the direction of what shrinks a billionfold.
+    """
+    names = ("delta_magnitude", "delta_direction", "update_norm")
+    told = dict(zip(names, expected(before, after), strict=True))
+    left = after.double().norm(dim=1) / before.double().norm(dim=1)
+    if ((left > 0) & (left < 1e-9)).any():
+        del told["delta_direction"]
+    return told
+
+
+def check(rows: list[dict[str, Any]], wanted: dict[str, dict[str, float]], what: str) -> None:
     assert rows
     for row in rows:
-        found = [row[name] for name in ("delta_magnitude", "delta_direction", "update_norm")]
-        one = wanted[f"{row['site']}.weight"]
-        np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-12, err_msg=what)
+        for name, value in wanted[f"{row['site']}.weight"].items():
+            np.testing.assert_allclose(
+                row[name], value, rtol=1e-5, atol=1e-12, err_msg=f"{what}, {name}"
+            )
