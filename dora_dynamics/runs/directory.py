@@ -2,7 +2,7 @@
 
 Rows are only ever appended, one write per recorded step, so that a killed run keeps every
 complete row; a last line that was cut short is left out when the table is read. Both files are
-read strictly: a run directory may come from a stranger (see `run_files`).
+read strictly: a run directory may come from a stranger (see `runs.files`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
@@ -26,7 +27,8 @@ from dora_dynamics.schedule import Keep
 from dora_dynamics.trajectory import SCHEMA_VERSION, TrajectoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+    from typing import BinaryIO
 
 RUN_FILE: Final = "run.json"
 
@@ -196,6 +198,26 @@ def _no_run(path: StrPath, file: str) -> RunDirectoryError:
     return RunDirectoryError(f"{path} is not a run directory: it has no {file}.")
 
 
+@contextmanager
+def _reading(path: StrPath, name: str, limit: int, *, otherwise: str) -> Iterator[BinaryIO]:
+    """A file of a run directory, open; what goes wrong with it in one sentence.
+
+    `otherwise` says what a file is whose content makes no sense.
+    """
+    file = Path(path) / name
+    try:
+        with opened(Path(path), name, limit) as stream:
+            yield stream
+    except (RunDirectoryError, TrajectoryError):
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _no_run(path, name) from error
+    except OSError as error:
+        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, csv.Error) as error:
+        raise RunDirectoryError(f"{file} {otherwise}: {_one_line(error)}.") from error
+
+
 def read_info(path: StrPath) -> RunInfo:
     """Read `run.json` of a run directory.
 
@@ -203,19 +225,11 @@ def read_info(path: StrPath) -> RunInfo:
         RunDirectoryError: there is none, or it is not of this schema.
     """
     file = Path(path) / RUN_FILE
-    try:
-        with opened(Path(path), RUN_FILE, INFO_LIMIT) as stream:
+    with _reading(path, RUN_FILE, INFO_LIMIT, otherwise="cannot be read") as stream:
+        try:
             content = strict_json.parsed(stream.read(INFO_LIMIT + 1))
-    except strict_json.DuplicateKeyError as error:
-        raise RunDirectoryError(f"{file} holds {error} twice: keep one of the two.") from error
-    except RunDirectoryError:
-        raise
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _no_run(path, RUN_FILE) from error
-    except OSError as error:
-        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise RunDirectoryError(f"{file} cannot be read: {_one_line(error)}.") from error
+        except strict_json.DuplicateKeyError as error:
+            raise RunDirectoryError(f"{file} holds {error} twice: keep one of the two.") from error
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise RunDirectoryError(
             f"{file} is not of schema version {SCHEMA_VERSION}: record the run again, or read it "
@@ -271,21 +285,13 @@ def read_run(path: StrPath) -> pd.DataFrame:
         TrajectoryError: a column is missing or holds the wrong kind of value.
     """
     file = Path(path) / TRAJECTORY_FILE
-    try:
-        with opened(Path(path), TRAJECTORY_FILE, TABLE_LIMIT) as stream:
+    with _reading(path, TRAJECTORY_FILE, TABLE_LIMIT, otherwise="is not a trajectory") as stream:
+        try:
             table = trajectory_csv.parsed(stream)
-        trajectory_csv.refuse_repeated(table)
+            trajectory_csv.refuse_repeated(table)
+        except TrajectoryError as error:
+            raise TrajectoryError(f"{file}: {error}") from error
         return table
-    except RunDirectoryError:
-        raise
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _no_run(path, TRAJECTORY_FILE) from error
-    except OSError as error:
-        raise RunDirectoryError(f"{file} cannot be read: {error.strerror}.") from error
-    except TrajectoryError as error:
-        raise TrajectoryError(f"{file}: {error}") from error
-    except (ValueError, csv.Error) as error:
-        raise RunDirectoryError(f"{file} is not a trajectory: {_one_line(error)}.") from error
 
 
 def load_runs(paths: StrPath | Iterable[StrPath]) -> pd.DataFrame:
