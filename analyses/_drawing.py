@@ -39,15 +39,17 @@ def with_interval(
     name: str,
     method: str,
     *,
+    colour: str | None = None,
+    marker: str | None = None,
     label: str | None = None,
     line: bool = True,
     **looks: Any,
 ) -> None:
-    """Points of an estimate with their intervals, joined by a line, in a method's looks."""
-    colour = METHOD_COLOURS.get(method, LINE_COLOUR)
+    """Points of an estimate with intervals, joined by a line, in a method's looks or given ones."""
+    colour = colour or METHOD_COLOURS.get(method, LINE_COLOUR)
     y, low, high = (table[column].to_numpy(float) for column in _bounds(name))
     axes.vlines(x, low, high, color=colour, linewidth=0.9)
-    style = METHOD_MARKERS.get(method, "D") + ("-" if line else "")
+    style = (marker or METHOD_MARKERS.get(method, "D")) + ("-" if line else "")
     axes.plot(x, y, style, color=colour, markersize=4, label=label or method, **looks)
 
 

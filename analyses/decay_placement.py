@@ -39,9 +39,9 @@ PLACES: Final[dict[DecayOn, str]] = {
     "factors": "A and B alone",
 }
 LOOKS: Final = {
-    "all": ("#333333", "o-"),
-    "magnitude": ("#b2182b", "s-"),
-    "factors": ("#2166ac", "^-"),
+    "all": ("#333333", "o"),
+    "magnitude": ("#b2182b", "s"),
+    "factors": ("#2166ac", "^"),
 }
 LEVELS: Final[dict[Level, str]] = {
     "within_step": "across layers",
@@ -92,25 +92,18 @@ def draw(table: pd.DataFrame) -> Figure:
     with drawing.panels(2, 3, height=4.3) as (figure, axes):
         for row, role in enumerate(ROLES):
             for shift, (place, words) in zip((-0.08, 0.0, 0.08), PLACES.items(), strict=True):
-                here = table[(table["role"] == role) & table["decay_on"].isin([place])]
-                none = table[(table["role"] == role) & (table["total"] == 0)]
-                here = pd.concat([none, here]).drop_duplicates(["level", "total"])
-                colour, style = LOOKS[place]
+                without_or_here = (table["total"] == 0) | (table["decay_on"] == place)
+                here = table[(table["role"] == role) & without_or_here].sort_values("total")
+                colour, marker = LOOKS[place]
                 for panel, level in zip(axes[row], LEVELS, strict=False):
-                    chosen = here[here["level"] == level].sort_values("total")
+                    chosen = here[here["level"] == level]
                     x = chosen["total"].map(at).to_numpy(float) + shift
-                    panel.vlines(
-                        x,
-                        chosen["pearson_low"],
-                        chosen["pearson_high"],
-                        color=colour,
-                        linewidth=0.9,
-                    )
-                    panel.plot(x, chosen["pearson"], style, color=colour, markersize=4, label=words)
-                chosen = here[here["level"] == "units"].sort_values("total")
-                x = chosen["total"].map(at).to_numpy(float) + shift
-                axes[row, 2].plot(
-                    x, 100 * chosen["relative_change"], style, color=colour, markersize=4
+                    drawing.with_interval(
+                        *(panel, x, chosen, "pearson", "DoRA"),
+                        colour=colour, marker=marker, label=words,
+                    )  # fmt: skip
+                axes[row, 2].plot(  # of the last level: the change is the same at each
+                    x, 100 * chosen["relative_change"], f"{marker}-", color=colour, markersize=4
                 )
             for panel, words in zip(axes[row], LEVELS.values(), strict=False):
                 panel.set_ylim(-1.05, 1.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -210,16 +211,15 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
 
 def _made_on(done: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Versions and machine of most runs; where some ran elsewhere, how many ran where."""
-    places: dict[tuple[str, str], int] = {}
+    places: Counter[tuple[str, str]] = Counter()
     for outcome in done:
         file = folder / outcome["job"] / RUN_FILE
         if file.exists():
             made = json.loads(file.read_text(encoding="utf-8"))
-            place = (json.dumps(made["versions"]), made["machine"])
-            places[place] = places.get(place, 0) + 1
+            places[json.dumps(made["versions"]), made["machine"]] += 1
     if not places:
         return {"versions": provenance.versions(), "machine": provenance.machine()}
-    versions, machine = max(places, key=places.__getitem__)
+    versions, machine = places.most_common(1)[0][0]
     found = {"versions": json.loads(versions), "machine": machine}
     if len(places) > 1:
         found["runs_by_machine"] = [
