@@ -1,6 +1,6 @@
 """Points that share layers and runs: their estimates under weights, and their p-values.
 
-The numerical half of `statistics`, with `_intervals`: numpy in, numpy out. A `Panel` holds the
+The numerical half of `statistics`, with `intervals`: numpy in, numpy out. A `Panel` holds the
 points of one group, `UnitRows` the values already computed inside each matrix. Both answer the same
 two questions: what are the estimates when whole layers and whole runs carry these weights, and how
 rare is so strong a relation when the pairing is exchanged.

@@ -44,7 +44,7 @@ def summary_terms(units: Sequence[Array]) -> Array:
     """Of each unit what `summary_sums` takes, of any shape and on any device, in one array.
 
     Args:
-        units: the six arrays of `unit_arithmetic`.
+        units: the six arrays of `units.arithmetic`.
     """
     library = library_of(units[0])
     found = terms(units)

@@ -22,7 +22,7 @@ import dora_dynamics as dd
 from dora_dynamics.runs import snapshots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     Build = Callable[..., nn.Module]
@@ -143,6 +143,14 @@ def move(model: nn.Module) -> None:
             parameter.add_(own(change) if issubclass(own, Far) else change.to(parameter.device))
 
 
+def check_same(tables: Sequence[pd.DataFrame]) -> None:
+    """Two tables tell the same changes, and changes there are."""
+    columns = ["delta_magnitude", "delta_direction", "update_norm"]
+    ours, theirs = (table[columns].to_numpy() for table in tables)
+    assert abs(ours - theirs).max() <= 1e-6 * abs(ours).max()
+    assert ours.max(0).min() > 0
+
+
 @pytest.mark.parametrize("granularity", ["matrix", "head"])
 @pytest.mark.parametrize("method", ["FT", "LoRA", "DoRA", "mixed"])
 @pytest.mark.parametrize("device", [FAR, GPU])
@@ -169,10 +177,7 @@ def test_one_transfer_and_only_chosen_weights(
             assert all(any(f".{target}." in name for target in targets) for name in names), names
             move(model)
         tables.append(recorder.trajectory)
-    columns = ["delta_magnitude", "delta_direction", "update_norm"]
-    ours, theirs = (table[columns].to_numpy() for table in tables)
-    assert abs(ours - theirs).max() <= 1e-6 * abs(ours).max()
-    assert ours.max(0).min() > 0
+    check_same(tables)
 
 
 SEVERAL = {
@@ -260,10 +265,7 @@ def tables_of(build: Any, device: str, steps: int, **options: Any) -> tuple[Any,
             transfers.append(len(watch.transfers))
             move(model)
         tables.append(recorder.trajectory)
-    columns = ["delta_magnitude", "delta_direction", "update_norm"]
-    ours, theirs = (table[columns].to_numpy() for table in tables)
-    assert abs(ours - theirs).max() <= 1e-6 * abs(ours).max()
-    assert ours.max(0).min() > 0
+    check_same(tables)
     assert not any(transfers[:steps])
     return tables[0], transfers[steps:]
 
