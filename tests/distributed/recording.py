@@ -84,12 +84,13 @@ def adapted(model: nn.Module, method: str) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         start: Any = "pissa" if "PiSSA" in method else True
+        dtype = next(model.parameters()).dtype
         model = get_peft_model(
-            model,
+            model.to(torch.float32),  # PiSSA begins in no other precision
             LoraConfig(
                 target_modules=TARGETS, r=3, use_dora="DoRA" in method, init_lora_weights=start
             ),
-        )
+        ).to(dtype)
     source = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name and "PiSSA" not in method:
