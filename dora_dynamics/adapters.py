@@ -143,7 +143,10 @@ class _ScaledByConstant(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         turned = _updated(weight, A, B, scaling, transposed)
         norm = _norm(turned, transposed)
-        return ((m.view_as(norm) / norm) * turned).to(weight.dtype), norm.flatten()
+        result = (m.view_as(norm) / norm) * turned
+        if result.dtype != weight.dtype:  # compiled by torch 2.11, one that changes nothing loses
+            result = result.to(weight.dtype)  # the gradient
+        return result, norm.flatten()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+import warnings
 from datetime import UTC, datetime
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 _PACKAGES: Final = (
     "dora-dynamics",
@@ -19,6 +22,7 @@ _PACKAGES: Final = (
     "transformers",
     "peft",
 )
+_DRIVER: Final = Path("/proc/driver/nvidia/gpus")
 
 
 def versions() -> dict[str, str]:
@@ -33,11 +37,27 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """The kind of machine in a few words, such as "x86_64, 2 cores, no GPU"; never its name."""
+    """The kind of machine in a few words, such as "x86_64, 2 cores, no GPU"; never its name.
+
+    CUDA that nothing has initialised stays so: children that the process forks can use it still.
+    """
+    return f"{platform.machine()}, {os.cpu_count()} cores, {_gpu()}"
+
+
+def _gpu() -> str:
+    """The GPU in use or, where CUDA is not initialised here, the kinds that the driver lists."""
     import torch
 
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{platform.machine()}, {os.cpu_count()} cores, {accelerator}"
+    cuda: Any = torch.cuda
+    if cuda.is_initialized():
+        return str(cuda.get_device_name())
+    with warnings.catch_warnings():  # a driver that does not answer is no matter of the caller's
+        warnings.simplefilter("ignore")
+        if not cuda.device_count():
+            return "no GPU"
+    told = [file.read_text(errors="replace") for file in _DRIVER.glob("*/information")]
+    kinds = {found[1] for text in told if (found := re.search(r"^Model:\s*(.+?)\s*$", text, re.M))}
+    return " or ".join(sorted(kinds)) or "a GPU"
 
 
 def now() -> str:

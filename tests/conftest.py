@@ -26,6 +26,12 @@ PATIENCE = 1200
 """Seconds that tests wait for other processes: none needs them, unless the machine is overloaded
 or something hangs."""
 
+
+def without_gpu() -> dict[str, str]:
+    """The environment of a process that forks: neither CUDA nor autograd's threads survive it."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -16,8 +16,10 @@ import textwrap
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import torch
 
 import dora_dynamics as dd
 from tests.conftest import PATIENCE
@@ -66,21 +68,29 @@ def run(example: Example, where: object) -> None:
 
 
 def run_apart(example: Example, where: object) -> None:
-    """Run an example in a process of its own: the threads of process groups end with it alone."""
+    """Run an example in a process of its own: the threads of process groups end with it alone.
 
-    def work() -> None:
-        try:
-            run(example, where)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        os._exit(0)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
+    Forking costs nothing, but CUDA and autograd do not survive it where there is a GPU.
+    """
+    start: Any = multiprocessing.get_context("spawn" if torch.cuda.device_count() else "fork")
+    process = start.Process(target=run_and_exit, args=(example, where, Path.cwd()))
+    with pytest.MonkeyPatch.context() as hidden:
+        hidden.setenv("CUDA_VISIBLE_DEVICES", "")
+        process.start()
     process.join(PATIENCE)
     assert process.exitcode == 0, "the example failed; its traceback is printed"
+
+
+def run_and_exit(example: Example, where: object, folder: Path) -> NoReturn:
+    """All that a process does for an example."""
+    os.chdir(folder)
+    try:
+        run(example, where)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
 
 
 def _of_readme() -> list[Example]:

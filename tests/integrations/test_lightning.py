@@ -25,6 +25,7 @@ pytestmark = [
     # advice of Lightning about speed on machines with more cores and data
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     # Lightning's own use of torch's pytree and of its schedulers
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]

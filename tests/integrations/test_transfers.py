@@ -201,12 +201,12 @@ def test_modules_on_several_devices_make_a_transfer_each(
 ) -> None:
     """As pipelines and `device_map` place them; the query and value of a layer apart."""
     tables = []
-    for where in (["cpu", "cpu"], devices):
+    for name, where in (("near", ["cpu", "cpu"]), ("apart", devices)):
         model: Any = adapt(tiny_transformer(), method)
         put(model.layers[0], where[0])
         put(model.layers[1].query, where[0])
         put(model.layers[1].value, where[1])
-        run = tmp_path / where[1].replace(":", "")
+        run = tmp_path / name
         recorder = dd.Recorder(model, TARGETS, method=method, run_dir=run, keep="units", run="r")
         for step in range(3):
             recorder.step = step
@@ -217,7 +217,9 @@ def test_modules_on_several_devices_make_a_transfer_each(
         tables.append(recorder.trajectory)
     columns = ["delta_magnitude", "delta_direction", "update_norm", "unit_coupling"]
     ours, theirs = (table[columns].to_numpy(na_value=np.nan) for table in tables)
-    np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-9)
+    on_gpu = any(place.startswith("cuda") for place in devices)  # its float32 sums, not the CPU's
+    relative, absolute = (1e-5, 1e-5) if on_gpu else (1e-6, 1e-9)
+    np.testing.assert_allclose(theirs, ours, rtol=relative, atol=absolute)
     assert tables[0]["site"].tolist() == tables[1]["site"].tolist()
 
 

@@ -19,6 +19,8 @@ import dora_dynamics as dd
 from dora_dynamics.cli import main
 from dora_dynamics.diagnosis import diagnose
 from dora_dynamics.errors import InputError
+
+pytest.importorskip("bokeh")
 from dora_dynamics.report import packing, panels
 from dora_dynamics.report.kept_units import MOST_POINTS, KeptUnits
 from dora_dynamics.report.names import names_of

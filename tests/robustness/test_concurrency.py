@@ -195,6 +195,7 @@ class TestGraphs:
         with recorder.attach(optimizer):
             optimizer.step()
             with monkeypatch.context() as capture:
+                capture.setattr(torch.cuda, "is_available", lambda: False)  # AdamW's own refusal
                 capture.setattr(torch.cuda, "is_initialized", lambda: True)
                 capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
                 capture.setattr(dd.Recorder, "record", None)

@@ -12,7 +12,7 @@ import torch
 
 import dora_dynamics as dd
 from dora_dynamics.runs.directory import RunDirectoryError, create_run
-from tests.conftest import campaign
+from tests.conftest import campaign, without_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 def test_resuming_gives_the_table_of_an_uninterrupted_run(tmp_path: Path) -> None:
     kills = campaign(4, 100)
     command = [sys.executable, "-m", "tests.robustness.killed", str(tmp_path), str(kills), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(
+        command, env=without_gpu(), capture_output=True, text=True, timeout=1800, check=False
+    )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)["kills"]
     assert sum(counts.values()) >= kills
