@@ -21,7 +21,7 @@ from analyses._results import write_tables
 from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
 from analyses.finetuning.sweep import Job
-from analyses.weight_decay import ROLES
+from analyses.weight_decay import ROLES, TOTALS
 from dora_dynamics.plotting import save
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from analyses.finetuning.recipe import DecayOn
     from dora_dynamics.statistics import Level
 
-TOTALS: Final = (0.0, 0.01, 0.03, 0.1)
 PLACES: Final[dict[DecayOn, str]] = {
     "all": "all of m, A, B",
     "magnitude": "m alone",
@@ -76,7 +75,11 @@ def conditions(late: pd.DataFrame) -> pd.DataFrame:
     """Coupling of each condition, and its mean signed ΔM at the last checkpoint, relative to m."""
     by = ["role", "decay_on", "total"]
     found = pd.concat(
-        [dd.coupling(late, by=by, level=level, permutations=0) for level in LEVELS],
+        [
+            dd.coupling(late, by=by, level=level, signed=signed, permutations=0)
+            for level in LEVELS
+            for signed in (False, True)
+        ],
         ignore_index=True,
     )
     last = late[late["step"] == late.groupby("run")["step"].transform("max")]
@@ -89,6 +92,7 @@ def draw(table: pd.DataFrame) -> Figure:
     """R across layers and across units, and the change of magnitude, against Λ by place."""
     totals = sorted(table["total"].unique())
     at = {total: float(place) for place, total in enumerate(totals)}
+    table = table[~table["signed"]]
     with drawing.panels(2, 3, height=4.3) as (figure, axes):
         for row, role in enumerate(ROLES):
             for shift, (place, words) in zip((-0.08, 0.0, 0.08), PLACES.items(), strict=True):

@@ -40,7 +40,7 @@ BART: Final = "--model {out}/models/bart"
 PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "1": (
         (
-            "pretrain --shape bart --steps 4000 --out {out}",
+            "pretrain --shape bart --out {out}",
             f"reproduce {LONG} {BART} --name reproduction_bart {{common}}",
             f"reproduce {LONG} {BART} --weight-decay 0 "
             "--name reproduction_bart_no_decay {common}",

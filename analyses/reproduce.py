@@ -5,8 +5,9 @@ Fine-tunes a pre-trained model (all-MiniLM-L6-v2, or any encoder, decoder or enc
 three ways, follows the query and value projections, and holds what comes out against the DoRA
 paper: Figure 2's layout for both, and one table of the coupling of ΔM and ΔD.
 
-Writes figures/reproduction.{png,svg}, analyses/results/reproduction.{csv,json} and run directories
-below runs/reproduction/. `--weight-decay 0` shows what is left without weight decay.
+Writes figures/reproduction.{png,svg}, analyses/results/reproduction.{csv,json} (of a model with two
+stacks also reproduction_stacks.csv) and run directories below runs/reproduction/.
+`--weight-decay 0` shows what is left without weight decay.
 """
 
 from __future__ import annotations
@@ -69,6 +70,20 @@ def coupling_table(trajectory: pd.DataFrame) -> pd.DataFrame:
     table = table.merge(published, how="left", on=["method", "role", "level"])
     table.loc[table["signed"], "paper"] = float("nan")
     return table.sort_values(["signed", "role"], kind="stable", ignore_index=True)
+
+
+def stack_table(trajectory: pd.DataFrame) -> pd.DataFrame:
+    """Coupling at every level inside each stack, of a model that has several: else no rows.
+
+    Where a task trains one stack more than the other, r over both is that of two clouds.
+    """
+    if trajectory["stack"].nunique() < 2:
+        return pd.DataFrame()
+    by = ["stack", "method", "role"]
+    levels = [dd.coupling(trajectory, by=by, level=level, permutations=0) for level in LEVELS]
+    last = trajectory[trajectory["step"] == trajectory.groupby("run")["step"].transform("max")]
+    turned = last.groupby(by)["delta_direction"].median().rename("median_delta_direction")
+    return pd.concat(levels, ignore_index=True).merge(turned.reset_index(), on=by)
 
 
 def in_words(table: pd.DataFrame) -> str:
@@ -146,6 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     late = done.trajectory(count=4)
     table = coupling_table(late)
     write_tables(options.out, options.name, {"": table}, digits=6)
+    stacks = stack_table(late)
+    if len(stacks):
+        write_tables(options.out, options.name, {"_stacks": stacks}, digits=6)
     files = save(magnitude_direction(late), options.out / "figures" / options.name)
 
     means = done.scores.groupby("method", sort=False)[["retrieval", "label", "loss"]].mean()
@@ -153,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores = pd.concat([before, means.astype(float)])
     print(f"\nHeld-out score, mean over seeds\n{scores.round(3).to_string()}")
     print(f"\nCoupling of ΔM and ΔD over four late checkpoints\n{in_words(table)}\n")
+    for stack, rows in stacks.groupby("stack") if len(stacks) else ():
+        print(f"{stack} alone: {'; '.join(verdicts(rows))}")
     print("\n".join(verdicts(table)))
     written = [*files, sweep.results(options), sweep.results(options, ".csv")]
     print(f"\nWrote {', '.join(map(str, written))}")

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 TOTALS: Final = (0.0, 0.003, 0.01, 0.03, 0.1)
 ROLES: Final = ("query", "value")
+WHAT: Final = {
+    "FT": "FT: all of W decays",
+    "LoRA": "LoRA: A and B decay, W₀ does not",
+    "DoRA": "DoRA: m, A and B decay",
+}
+SHIFTS: Final = {"FT": -0.08, "LoRA": 0.0, "DoRA": 0.08}
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
@@ -102,44 +108,82 @@ def contrast(late: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(table: pd.DataFrame, points: pd.DataFrame) -> Figure:
-    """R across layers and across units against Λ; signed ΔM against what decay and turning give."""
+def draw(table: pd.DataFrame, points: pd.DataFrame, differences: pd.DataFrame, note: str) -> Figure:
+    """R across layers and across units, and signed ΔM with its prediction, each against Λ."""
     absolute = table[~table["signed"]]
     totals = sorted(absolute["total"].unique())
     at = {total: float(place) for place, total in enumerate(totals)}
     levels = {"within_step": "across layers", "units": "across a matrix's units"}
-    with drawing.panels(2, 3, height=4.3) as (figure, axes):
+    with drawing.panels(2, 3, height=5.6) as (figure, axes):
         for row, role in enumerate(ROLES):
             for panel, (level, words) in zip(axes[row], levels.items(), strict=False):
                 drawing.zero_line(panel)
                 shown = absolute[(absolute["level"] == level) & (absolute["role"] == role)]
-                for shift, method in zip((-0.08, 0.0, 0.08), METHODS, strict=True):
+                for method, shift in SHIFTS.items():
                     chosen = shown[shown["method"] == method].sort_values("total")
                     x = chosen["total"].map(at).to_numpy(float) + shift
-                    drawing.with_interval(panel, x, chosen, "pearson", method)
-                panel.set_xticks(list(at.values()), [f"{100 * total:g}%" for total in totals])
+                    drawing.with_interval(panel, x, chosen, "pearson", method, label=WHAT[method])
                 panel.set_ylim(-1.05, 1.05)
-                panel.set_title(f"{role}: {words}")
-            _against_prediction(axes[row, 2], points[points["role"] == role])
-            axes[row, 0].set_ylabel("r of ΔM and ΔD")
-            axes[row, 2].set_title(f"{role}: signed ΔM")
-            axes[row, 2].set_ylabel("measured (m′ − m)/m, %")
-        for panel in axes[-1, :2]:
+                panel.set_title(f"{role}: {words}", pad=13)
+            if 0 in totals:
+                _below_title(axes[row, 0], _without_decay(differences, role))
+            _below_title(axes[row, 2], _error(points, role))
+            _with_prediction(axes[row, 2], points[points["role"] == role], at)
+            axes[row, 0].set_ylabel("r of ΔM and ΔD\n← opposed · together →")
+            axes[row, 2].set_title(f"{role}: change of magnitude", pad=13)
+            axes[row, 2].set_ylabel("(m′ − m)/m, %")
+        for panel in axes.flat:
+            panel.set_xticks(list(at.values()), [f"{100 * total:g}%" for total in totals])
+        for panel in axes[-1]:
             panel.set_xlabel("total weight decay Λ")
-        axes[-1, 2].set_xlabel("exp(−Λ)/(1 − ΔD) − 1, %")
-        drawing.legend_below(figure, axes[0, 0])
+        axes[0, 2].plot([], [], "_", color="black", label="predicted: (1 − ΔD)⁻¹ exp(−Λ) − 1")
+        figure.suptitle(
+            "Inside the matrices (middle) weight decay turns the coupling of magnitude and\n"
+            "direction negative where it reaches the magnitude: in FT and DoRA, not in LoRA"
+        )
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        more = axes[0, 2].get_legend_handles_labels()
+        figure.legend(
+            handles + more[0], labels + more[1], loc="outside lower center", ncols=4,
+            title=note, title_fontsize=6.5,
+        )  # fmt: skip
     return figure
 
 
-def _against_prediction(panel: Axes, points: pd.DataFrame) -> None:
-    for method in METHODS:
-        chosen = points[points["method"] == method]
+def _without_decay(differences: pd.DataFrame, role: str) -> str:
+    chosen = differences[(differences["role"] == role) & (differences["total"] == 0)]
+    row = chosen[chosen["contrast"] == "LoRA − DoRA"].iloc[0]
+    words = f"{row['mean']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]".replace("-", "−")
+    return f"without decay, LoRA − DoRA: {words}"
+
+
+def _below_title(panel: Axes, words: str) -> None:
+    panel.annotate(words, (0.5, 1), (0, 3), xycoords="axes fraction", textcoords="offset points",
+                   ha="center", fontsize=6)  # fmt: skip
+
+
+def _error(points: pd.DataFrame, role: str) -> str:
+    errors = points[points["role"] == role].groupby("method")["error"]
+    return "mean |error|, points: " + ", ".join(
+        f"{method} {100 * errors.get_group(method).abs().mean():.2f}" for method in METHODS
+    )
+
+
+def _with_prediction(panel: Axes, points: pd.DataFrame, at: dict[float, float]) -> None:
+    """Each weight's signed ΔM, mean over seeds, with what was predicted of it."""
+    drawing.zero_line(panel)
+    shown = points.groupby(["method", "total", "site"], as_index=False)[["measured", "predicted"]]
+    for method, rows in shown.mean().groupby("method"):
+        x = rows["total"].map(at) + 2.8 * SHIFTS[str(method)]
         panel.plot(
-            100 * chosen["predicted"], 100 * chosen["measured"], drawing.METHOD_MARKERS[method],
-            color=drawing.METHOD_COLOURS[method], markersize=3, alpha=0.5, markeredgewidth=0,
+            x, 100 * rows["measured"], drawing.METHOD_MARKERS[str(method)],
+            color=drawing.METHOD_COLOURS[str(method)], markersize=3.5, alpha=0.6, markeredgewidth=0,
         )  # fmt: skip
-    ends = 100 * np.array([points["predicted"].min(), points["predicted"].max()])
-    panel.plot(ends, ends, color="#333333", linewidth=0.8)
+        panel.plot(x, 100 * rows["predicted"], "_", color="black", markersize=5)
+    panel.set_yscale("symlog", linthresh=1)
+    ticks = [-10, -3, -1, 0, 1, 3]
+    panel.set_yticks(ticks, [str(tick).replace("-", "−") for tick in ticks])
+    panel.minorticks_off()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,7 +197,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     table, points, differences = couplings(late), prediction(late), contrast(late)
     tables = {"": table, "_prediction": points, "_contrast": differences}
     write_tables(options.out, options.name, tables)
-    files = save(draw(table, points), options.out / "figures" / options.name)
+    recipe, seeds = done.about["recipes"][0], done.scores["seed"].nunique()
+    note = (
+        f"{done.about['model']}, {recipe['steps']:,} steps of batch {recipe['batch_size']}, "
+        f"{seeds} seeds; all but the total decay Λ = Σ lr · weight decay is the same in a "
+        "method's runs.\nLines: 95% intervals over layers and seeds. Right: a point is a matrix, "
+        "mean over seeds."
+    )
+    figure = draw(table, points, differences, note)
+    files = save(figure, options.out / "figures" / options.name)
     print(differences.round(3).to_string(index=False))
     print(f"Wrote {', '.join(map(str, files))}")
 

@@ -130,8 +130,8 @@ class Score:
 class PairModel(nn.Module):
     """A base model with mean pooling, and a linear head that tells the label.
 
-    Of an encoder–decoder the decoder's states are pooled: it reads the text that the encoder
-    reads, so that the attention of both is trained.
+    Of an encoder–decoder the states of both stacks are added up: both read the text. With those of
+    the decoder alone, which can read it itself, the encoder would hardly be trained.
     """
 
     def __init__(self, backbone: nn.Module, labels: int) -> None:
@@ -146,7 +146,10 @@ class PairModel(nn.Module):
             inputs |= {"decoder_input_ids": tokens.ids, "decoder_attention_mask": tokens.mask}
         else:
             inputs |= {"use_cache": False} if hasattr(self.backbone.config, "use_cache") else {}  # type: ignore[dict-item]
-        hidden = self.backbone(**inputs).last_hidden_state
+        states = self.backbone(**inputs)
+        hidden = states.last_hidden_state
+        if self.backbone.config.is_encoder_decoder:  # type: ignore[union-attr]
+            hidden = hidden + states.encoder_last_hidden_state
         mask = tokens.mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 

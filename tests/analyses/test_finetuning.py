@@ -70,6 +70,24 @@ def test_every_shape_of_model_learns_the_pairs(
     assert (table.loc[table["step"] == 30, "delta_direction"] > 0).all()
 
 
+def test_an_encoder_is_trained_though_the_decoder_does_without_it(
+    some_pairs: list[Pair], tokenizer: Any
+) -> None:
+    task = make_task(some_pairs, 10, tokenizer)
+    model = PairModel(tiny("encoder-decoder"), len(task.labels))
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if "encoder_attn.out_proj" in name:
+                parameter.zero_()
+    model.loss(task.train).backward()
+    query = {
+        stack: model.backbone.get_submodule(f"{stack}.layers.0.self_attn.q_proj").weight.grad
+        for stack in ("encoder", "decoder")
+    }
+    size = {stack: float(torch.linalg.norm(gradient)) for stack, gradient in query.items()}
+    assert 0.01 < size["encoder"] / size["decoder"] < 100
+
+
 def test_padding_changes_nothing(some_pairs: list[Pair], tokenizer: Any) -> None:
     task = make_task(some_pairs, 10, tokenizer)
     model = PairModel(tiny("encoder"), len(task.labels)).double().eval()

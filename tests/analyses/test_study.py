@@ -56,7 +56,7 @@ def test_decay_placement(small: list[str], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)]
     decay_placement.main([*small, *HELD_OUT, *out, "--seeds", "1", "--totals", "0", "0.1"])
     table = pd.read_csv(tmp_path / "analyses/results/decay_placement.csv")
-    assert len(table) == 2 * 2 * (1 + 3)
+    assert len(table) == 2 * 2 * 2 * (1 + 3)
     shrunk = table[table["total"] == 0.1].groupby("decay_on")["relative_change"].mean()
     assert shrunk["all"] < -0.08
     assert shrunk["magnitude"] < -0.08
@@ -183,7 +183,9 @@ def test_pretrain(shape: str, tmp_path: Path) -> None:
     given = ["--shape", shape, "--device", "cpu", "--learning-rate", "0.01"]
     pretrain.main([*given, *sizes, *amounts, "--out", str(tmp_path)])
     about = json.loads((tmp_path / f"analyses/results/pretrain_{shape}.json").read_text())
-    assert about["held_out_loss"]["after"] < about["held_out_loss"]["before"] - 0.2
+    losses = about["held_out_loss"]
+    assert losses["after"] < losses["before"] - 0.2
+    assert ("encoder_blind" in losses) == (shape == "bart")
 
     from analyses.finetuning import models
 
@@ -191,6 +193,33 @@ def test_pretrain(shape: str, tmp_path: Path) -> None:
     tokens = tokenizer("def walk(over): return hill", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(tokens[0]).strip() == "def walk(over): return hill"
     assert model(input_ids=tokens).last_hidden_state.isfinite().all()
+
+
+def test_each_stack_is_told_apart() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.1, 1, 12)
+    rows = pd.DataFrame(
+        {
+            "run": "r",
+            "method": "FT",
+            "role": "query",
+            "site": [f"s{n}" for n in range(12)],
+            "step": 5,
+            "stack": ["encoder"] * 6 + ["decoder"] * 6,
+            "layer": [*range(6), *range(6)],
+            "delta_direction": x,
+            "delta_magnitude": np.where(np.arange(12) < 6, x, 3 - x),
+            "unit_coupling": 0.5,
+            "unit_rank_coupling": 0.5,
+            "unit_slope": 1.0,
+            "units": 4,
+        }
+    )
+    table = reproduce.stack_table(rows)
+    within = table[table["level"] == "within_step"].set_index("stack")
+    assert within["pearson"].to_dict() == pytest.approx({"encoder": 1, "decoder": -1})
+    assert within.loc["encoder", "median_delta_direction"] == pytest.approx(np.median(x[:6]))
+    assert reproduce.stack_table(rows.assign(stack="encoder")).empty
 
 
 def test_noise_hides_spans() -> None:
