@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 RESULTS: Final = Path(__file__).parent / "results"
 METHODS: Final = ("FT", "LoRA", "DoRA")
-LEVELS: Final[dict[Level, str]] = {"within_step": "layers", "units": "units"}
+LEVELS: Final[dict[Level, str]] = {
+    "pooled": "pooled, as in the paper",
+    "within_step": "across layers",
+    "within_layer": "over a weight's steps",
+    "units": "across units",
+}
 
 
 def table(name: str) -> Any:
@@ -56,10 +61,10 @@ def reproduced() -> str:
         "|---|---|---|---|---|",
     ]
     for name, words in (("minilm", "MiniLM"), ("bart", "our BART")):
-        for level, across in LEVELS.items():
+        for level, told in LEVELS.items():
             found = verdict_table(table(f"reproduction_{name}"), level)
             for role in ("query", "value"):
-                lines.append(f"| {words} | {role}, across {across} | {_signs(found, role)} |")
+                lines.append(f"| {words} | {role}, {told} | {_signs(found, role)} |")
     stacks = verdict_table(table("reproduction_bart_stacks"))
     for stack, found in stacks.groupby("stack", sort=False):
         for role in ("query", "value"):
@@ -73,7 +78,7 @@ def reproduced() -> str:
     return "\n".join(
         [
             "For each sign of the paper's claim, with the paper's total weight decay, r of ΔD and "
-            "ΔM with its 95% interval over layers and seeds:",
+            "ΔM with its 95% interval over layers and seeds (ρ and slopes are in the result files):",
             "",
             *lines,
             "",
@@ -82,7 +87,7 @@ def reproduced() -> str:
             f"pre-trained here from random weights on {pre['tokens'] / 1e6:.0f}M tokens of Python "
             f"source (`analyses.pretrain`; held-out loss {pre['held_out_loss']['before']:.2f} → "
             f"{pre['held_out_loss']['after']:.2f}{_blind(pre)}). The median query of its decoder "
-            f"turns {apart:,.2f} times as far as that of its encoder"
+            f"turns {apart:,.{0 if apart > 10 else 1}f} times as far as that of its encoder"
             + (": over both stacks r is that of two clouds." if not 0.2 < apart < 5 else ".")
             + (f" {cut} of its {cut + len(bart['jobs'])} runs were cut off and are left out." if cut else "")
             + f" MiniLM's held-out score: before {about('reproduction_minilm')['before']['retrieval']:.3f}, "
@@ -92,9 +97,17 @@ def reproduced() -> str:
 
 
 def _signs(found: Any, role: str) -> str:
-    """The verdicts of one role, with r, as the cells of a row."""
+    """The verdicts of one role, with r, as the cells of a row.
+
+    Over the steps of one weight both measures grow; the paper claims nothing of that.
+    """
     rows = (one(found, role=role, method=method) for method in METHODS)
-    return " | ".join(f"{row['verdict']}: {with_interval(row)}" for row in rows)
+    return " | ".join(
+        with_interval(row)
+        if row["level"] == "within_layer"
+        else f"{row['verdict']}: {with_interval(row)}"
+        for row in rows
+    )
 
 
 def _blind(pre: dict[str, Any]) -> str:
@@ -119,6 +132,15 @@ def decay() -> str:
         for role in ("query", "value")
     }
     errors = points.groupby("method")["error"].apply(lambda e: 100 * e.abs().mean())
+    shares = table("weight_decay_relative")
+
+    def of_size(method: str, role: str, name: str = "pearson") -> str:
+        return number(one(shares, method=method, total=0.1, role=role)[name])
+
+    def layers(method: str, role: str) -> str:
+        place = {"method": method, "role": role, "total": 0.1, "level": "within_step"}
+        return number(one(absolute, **place)["pearson"])
+
     return (
         f"Across the units of the value matrices r of FT goes from {r('FT', 0.0)} without decay to "
         f"{r('FT', 0.1)} at Λ = 10%, that of DoRA from {r('DoRA', 0.0)} to {r('DoRA', 0.1)}, and "
@@ -128,7 +150,16 @@ def decay() -> str:
         f"{left['query']} (query) and {left['value']} (value; means over seeds with t-intervals, "
         "which speak of these layers). The prediction exp(−Λ)/(1 − ΔD) misses the relative signed "
         f"ΔM by {errors['FT']:.2f} (FT), {errors['LoRA']:.2f} (LoRA) and {errors['DoRA']:.2f} "
-        "(DoRA) percentage points on average: DoRA's m learns against the turning that it predicts."
+        "(DoRA) percentage points on average: DoRA's m learns against the turning that it predicts. "
+        "Sizes do a part: decay takes from each layer in proportion to m_0, and large weights turn "
+        f"less (value, r of ΔD and m_0: {of_size('FT', 'value', 'r_direction_size')} in FT). Across "
+        "layers at Λ = 10%, r goes from "
+        + ", ".join(
+            f"{layers(method, role)} to {of_size(method, role)} ({method} {role})"
+            for method in ("FT", "DoRA")
+            for role in ("query", "value")
+        )
+        + " if ΔM is taken relative to m_0."
         + _unfinished("weight_decay")
     )
 
@@ -163,6 +194,7 @@ def geometry() -> str:
     def r_squared(source: str, role: str, method: str = "LoRA") -> str:
         return f"{one(found, source=source, role=role, method=method)['r_squared']:.2f}"
 
+    others = found[(found["method"] != "LoRA") & (found["source"] != "paper")]
     share = table("update_geometry_share")
     last = share[share["step"] == share.groupby("source")["step"].transform("max")]
     last = last[last["source"] == "reproduction_minilm"]
@@ -173,10 +205,12 @@ def geometry() -> str:
         f"{r_squared('reproduction_minilm', 'value')} (value) of LoRA's points on MiniLM, and "
         f"{r_squared('reproduction_bart', 'query')} and {r_squared('reproduction_bart', 'value')} on "
         "our BART. On the paper's own LoRA points, with one fitted m, it explains "
-        f"{r_squared('paper', 'query')} and {r_squared('paper', 'value')}. With weight decay it "
-        "tells nothing of FT and DoRA (R² below zero). At the end of training the radial share of "
+        f"{r_squared('paper', 'query')} and {r_squared('paper', 'value')}. It tells nothing of FT "
+        "and DoRA, with decay or without: the mean of ΔM is a better guess in "
+        f"{int((others['r_squared'] < 0).sum())} of {len(others)} sets of their points. At the end of "
+        "training the radial share of "
         f"‖ΔW‖² is {shares['LoRA']:.4f} for LoRA (a random direction has 1/384 = {1 / 384:.4f}), "
-        f"{shares['FT']:.2f} for FT and {shares['DoRA']:.2f} for DoRA."
+        f"{shares['FT']:.2f} for FT and {shares['DoRA']:.2f} for DoRA; the rest is tangential."
     )
 
 
@@ -190,9 +224,14 @@ def gradients() -> str:
         f"{len(found)} adapted weights. Of the gradient of a unit, {100 * found['radial_share'].mean():.2f}% "
         f"lies along the unit itself (a random direction: {100 / found['inputs'].iloc[0]:.2f}%), so "
         "that the projection takes off next to nothing: the participation ratio of the gradient's "
-        f"covariance grows by {gain.mean():.2f}% on average ({gain.min():.2f}% to {gain.max():.2f}% "
-        "over the weights). The claim that it comes closer to the identity has the right sign "
-        f"in {int((gain > 0).sum())} of {len(gain)} weights, and hardly any size here. Scenarios S1 and S2: "
+        f"covariance grows by {gain.mean():.2f}% on average ({number(gain.min())}% to {number(gain.max())}% "
+        "over the weights). The claim that it comes closer to the identity has the right sign in "
+        + " and in ".join(
+            f"{int((gain[found['role'] == role] > 0).sum())} of {int((found['role'] == role).sum())} "
+            f"{role} matrices"
+            for role in ("query", "value")
+        )
+        + ", and hardly any size here. Scenarios S1 and S2: "
         "if the steps of all units are made equally long, |∇m| goes against ΔD as the paper says "
         f"(mean r = {number(found['r_equal_length'].mean())}, which is geometry); with the gradients' "
         f"actual lengths it goes with ΔD (mean r = {number(found['r_actual_length'].mean())}, "
@@ -202,22 +241,44 @@ def gradients() -> str:
 
 
 def when() -> str:
-    """How often each sign is met over the settings."""
+    """How often each sign is met over the settings, and what the others change."""
     found = table("sign_map")
-    parts = []
+    within = found[found["level"] == "within_step"].dropna(subset=["pearson"])
+    lines = [
+        "| | lowest r | highest r | settings | negative | surely negative | surely positive |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for method in METHODS:
         for decay in ("paper's decay", "no decay"):
-            cells = found[(found["method"] == method) & (found["decay"] == decay)]["pearson"]
-            cells = cells.dropna()
-            parts.append(
-                f"{method} with {decay}: r {number(cells.min())} to {number(cells.max())}, "
-                f"{int((cells < 0).sum())} of {len(cells)} negative"
-            )
+            cells = within[(within["method"] == method) & (within["decay"] == decay)]
+            r, sure = cells["pearson"], cells["pearson_low"] * cells["pearson_high"] > 0
+            counts = (len(r), (r < 0).sum(), (sure & (r < 0)).sum(), (sure & (r > 0)).sum())
+            told = [number(r.min()), number(r.max()), *map(str, counts)]
+            lines.append(f"| {method}, {decay} | {' | '.join(told)} |")
+
+    def r_of(setting: str, method: str, decay: str = "paper's decay") -> str:
+        rows = (
+            one(found, setting=setting, method=method, decay=decay, role=role)
+            for role in ("query", "value")
+        )
+        return ", ".join(number(row["pearson"]) for row in rows)
+
+    coupled = "Adam, decay in the gradient"
+    without = within[(within["method"] != "LoRA") & (within["decay"] == "no decay")]
+    sure_ones = int((without["pearson_low"] * without["pearson_high"] > 0).sum())
     return (
-        "Over learning rate, batch size, rank, optimizer and choice of checkpoints (one varied at a "
-        f"time, query and value), across layers: {'; '.join(parts)}. What sets the sign is decay "
-        "that acts on the magnitude directly; coupled into Adam's gradient, or with SGD, it does so "
-        "less or not at all." + _unfinished("sign_map")
+        "With decoupled decay expect the paper's signs at every learning rate, rank and batch "
+        f"size; without it, {sure_ones or 'none'} of the {len(without)} signs of FT and DoRA "
+        f"{'are' if sure_ones > 1 else 'is'} sure. Across layers, query and value, one thing varied "
+        "at a time (surely: the 95% interval leaves out zero):\n\n" + "\n".join(lines) + "\n\n"
+        "With the decay in Adam's gradient (query, value) FT keeps its sign "
+        f"({r_of(coupled, 'FT')}), DoRA less so ({r_of(coupled, 'DoRA')}); with SGD FT does "
+        f"({r_of('SGD with momentum', 'FT')}), DoRA does not ({r_of('SGD with momentum', 'DoRA')}). "
+        "The choice of checkpoints matters to pooled r: over the whole run, in which both measures "
+        f"grow from zero, it is with decay FT {r_of('pooled, the whole run', 'FT')}, DoRA "
+        f"{r_of('pooled, the whole run', 'DoRA')}, over the paper's late ones "
+        f"{r_of('pooled, late checkpoints', 'FT')} and {r_of('pooled, late checkpoints', 'DoRA')}."
+        + _unfinished("sign_map")
     )
 
 
@@ -230,9 +291,10 @@ def zoo() -> str:
     refused = ", ".join(sorted(set(failed["method"])))
     row = said.loc["distance"]
     return (
-        f"No: over {int(row['methods'])} methods of PEFT the rank correlation of the distance from "
-        f"full fine-tuning with the score is {with_interval(row, 'rho', 'low', 'high')} (95%, "
-        "bootstrap over methods). None of the four measures by itself tells the score either: "
+        f"No such relation is seen: over {int(row['methods'])} methods of PEFT, without weight decay, "
+        "each at the best of four learning rates, the rank correlation of the distance from full "
+        f"fine-tuning with the score is {with_interval(row, 'rho', 'low', 'high')} (95%, bootstrap "
+        "over methods: strong ones are excluded, weak ones are not). The four measures by themselves: "
         + ", ".join(
             f"{words} {with_interval(said.loc[name], 'rho', 'low', 'high')}"
             for name, words in (
@@ -256,14 +318,21 @@ def below() -> str:
         return with_interval(one(found, method=method, part=part, scope=scope))
 
     inside, every = "heads of one layer", "all heads or norms"
+    relative = "heads of one layer, ΔM/m"
+    shares = ", ".join(
+        f"{method} {number(one(found, method=method, part='query heads', scope=relative)['pearson'])} "
+        f"and {number(one(found, method=method, part='value heads', scope=relative)['pearson'])}"
+        for method in METHODS
+    )
     heads = "; ".join(
         f"{method} {r(method, 'query heads', inside)} (query), {r(method, 'value heads', inside)} (value)"
         for method in METHODS
     )
     norms = ", ".join(f"{method} {r(method, 'norms', every)}" for method in METHODS)
     return (
-        "Yes, and heads show the finding more surely than matrices do. Across the heads inside a "
-        f"layer r is, with the paper's decay: {heads}. Norm weights, one vector each, change too, by "
+        "Yes. Across the heads inside a layer r is, with the paper's decay: "
+        f"{heads}. Of ΔM/m, which a head's size does not change, it is {shares} "
+        "(query and value). Norm weights, one vector each, change too, by "
         f"far less, and decay does not reach them; r across them: {norms}."
     )
 
@@ -277,20 +346,40 @@ def ranks() -> str:
         return f"{value.loc[(method, rank), 'score']:.3f}"
 
     used = {method: value.loc[(method, 128), "effective_rank"] for method in ("LoRA", "DoRA")}
-    halves = pairs[pairs["lora_rank"] == 2 * pairs["dora_rank"]]
-    below = int((halves["high"] < 0).sum())
     return (
         f"Score against rank 2 → 128: LoRA {score('LoRA', 2)} → {score('LoRA', 128)}, DoRA "
         f"{score('DoRA', 2)} → {score('DoRA', 128)}, FT {score('FT', 0)}. That is not the shape of "
-        "the paper's Table 15: under the paper's total decay, pressed into a short run, DoRA is "
-        f"below LoRA of the same rank, and below LoRA of twice its rank in {below} of "
-        f"{len(halves)} comparisons beyond the 95% interval (t over {int(pairs['seeds'].iloc[0])} "
-        "seeds); at no rank is it above. The coupling of the value matrices hardly depends on rank: "
+        "the paper's Table 15, in which DoRA is above at every rank: with the paper's total decay, "
+        f"pressed into a short run, {_held_against(pairs)}."
+        + _ranks_without_decay()
+        + " The coupling of the value matrices hardly depends on rank: "
         f"LoRA {number(value.loc['LoRA', 'pearson'].min())} to {number(value.loc['LoRA', 'pearson'].max())}, "
         f"DoRA {number(value.loc['DoRA', 'pearson'].min())} to {number(value.loc['DoRA', 'pearson'].max())}. "
         f"At rank 128 LoRA's ΔW has an effective rank of {used['LoRA']:.0f}; DoRA's, whose "
         f"magnitudes rescale W_0 whole, {used['DoRA']:.0f} of 384 at every rank."
     )  # fmt: skip
+
+
+def _held_against(pairs: Any) -> str:
+    """How often DoRA is below or above LoRA of its rank, and of twice its rank."""
+    parts = []
+    for times, words in ((1, "its rank"), (2, "twice its rank")):
+        rows = pairs[pairs["lora_rank"] == times * pairs["dora_rank"]]
+        below = ", ".join(map(str, rows[rows["high"] < 0]["dora_rank"])) or "none"
+        above = ", ".join(map(str, rows[rows["low"] > 0]["dora_rank"])) or "none"
+        parts.append(
+            f"below LoRA of {words} at {int((rows['difference'] < 0).sum())} of {len(rows)} ranks "
+            f"(surely at {below}; surely above at {above})"
+        )
+    seeds = int(pairs["seeds"].iloc[0])
+    return f"DoRA is {' and '.join(parts)}; 95% paired t over {seeds} seeds"
+
+
+def _ranks_without_decay() -> str:
+    """The same without decay, where that was run."""
+    if not (RESULTS / "rank_no_decay_halved.csv").exists():
+        return ""
+    return f" Without decay {_held_against(table('rank_no_decay_halved'))}."
 
 
 def merged() -> str:

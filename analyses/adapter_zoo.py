@@ -34,6 +34,7 @@ from dora_dynamics.sites import find_sites
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from analyses.finetuning.task import PairModel
@@ -178,31 +179,25 @@ def draw(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Left: the map. Right: score against distance from FT. Below: the names of the numbers."""
     shown = table.sort_values("retrieval", ascending=False, ignore_index=True)
     scale = Normalize(float(shown["retrieval"].quantile(0.05)), float(shown["retrieval"].max()))
-    with drawing.panels(1, 2, height=4.6, width_ratios=(1.35, 1)) as (figure, axes):
+    with drawing.panels(1, 2, height=5.0, width_ratios=(1.35, 1)) as (figure, axes):
         plane, against = axes[0]
         image = None
-        names = []
-        for number, row in enumerate(shown.to_dict("records"), start=1):
-            full = row["method"] == "FT"
-            style: dict[str, Any] = {"s": 130 if full else 70, "marker": "*" if full else "o"}
-            style |= {"c": [row["retrieval"]], "norm": scale, "cmap": "viridis", "linewidth": 0.4}
-            style |= {"edgecolor": "black", "zorder": 4 if full else 3}
-            dark = scale(row["retrieval"]) < 0.6
-            for panel, x, y in (
-                (plane, row["r_units"], row["radial_share"]),
-                (against, row["distance"], row["retrieval"]),
-            ):
-                image = panel.scatter(x, y, **style)
-                panel.text(
-                    x, y, str(number), fontsize=4.3, ha="center", va="center", zorder=5,
-                    color="white" if dark else "black", clip_on=True,
+        for panel, x, y in (
+            (plane, "r_units", "radial_share"),
+            (against, "distance", "retrieval"),
+        ):
+            for kind, rows in shown.groupby(shown["method"] == "FT"):
+                image = panel.scatter(
+                    rows[x], rows[y], s=130 if kind else 26, marker="*" if kind else "o",
+                    c=rows["retrieval"], norm=scale, cmap="viridis", linewidth=0.4,
+                    edgecolor="black", zorder=4,
                 )  # fmt: skip
-            names.append(f"{number} {row['method']}")
         plane.axvline(0, color="#333333", linewidth=0.7)
         plane.set_yscale("log")
         plane.set_xlim(-1.05, 1.05)
         plane.set_xlabel("r of signed ΔM and ΔD across the units of a matrix")
         plane.set_ylabel("radial share of ‖ΔW‖²")
+        plane.set_title("how each method moves the weights (★ FT)")
         rho = found.set_index("measure").loc["distance"]
         words = f"ρ = {rho['rho']:+.2f} [{rho['low']:+.2f}, {rho['high']:+.2f}]"
         against.set_title(words.replace("-", "−"))
@@ -210,9 +205,39 @@ def draw(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
         against.set_ylabel("share of texts found")
         assert image is not None
         figure.colorbar(image, ax=plane, label="share of texts found", pad=0.01)
+        names = [f"{number} {row}" for number, row in enumerate(shown["method"], start=1)]
         text = [" · ".join(names[at : at + 8]) for at in range(0, len(names), 8)]
-        figure.supxlabel("\n".join(text), fontsize=5.5)
+        figure.supxlabel("\n".join(text), fontsize=6)
+        figure.draw_without_rendering()
+        _number(plane, shown["r_units"], shown["radial_share"])
+        _number(against, shown["distance"], shown["retrieval"])
     return figure
+
+
+def _number(panel: Axes, x: pd.Series, y: pd.Series) -> None:
+    """A number beside each point, from 1 on, pushed apart where points are crowded."""
+    finite = np.isfinite(x.to_numpy(float)) & np.isfinite(y.to_numpy(float))
+    points = panel.transData.transform(np.column_stack([x, y])[finite])
+    dots = panel.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
+    middle = points.mean(axis=0)
+    away = (points - middle) / np.linalg.norm(points - middle, axis=1, keepdims=True)
+    labels = points + 7 * dots * away
+    for _ in range(400):
+        for others, room in ((labels, 7.0), (points, 5.5)):
+            apart = labels[:, None] - others[None]
+            length = np.linalg.norm(apart, axis=2) + 1e-9
+            push = np.clip(room * dots - length, 0, None)
+            if others is labels:
+                np.fill_diagonal(push, 0)
+            labels = labels + 0.3 * (push[..., None] * apart / length[..., None]).sum(1)
+        labels += 0.02 * (points - labels)
+    for number, at, point in zip(np.flatnonzero(finite), labels, points, strict=True):
+        panel.annotate(
+            str(number + 1), (x.iloc[number], y.iloc[number]), tuple((at - point) / dots),
+            textcoords="offset points", ha="center", va="center", fontsize=5.5, zorder=5,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "#777777", "shrinkA": 2,
+                        "shrinkB": 1},
+        ).set_in_layout(False)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,6 +38,7 @@ class Entry:
         command: of its full setting.
         files: result files with a sweep's jobs, for the cost.
         figure: name of the figure.
+        more: further figures, by name, and what they are.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Entry:
     command: str
     files: tuple[str, ...] = ()
     figure: str = ""
+    more: tuple[tuple[str, str], ...] = ()
 
 
 ENTRIES: Final = (
@@ -62,6 +64,7 @@ ENTRIES: Final = (
         "--data pairs.jsonl --name reproduction_minilm",
         ("reproduction_minilm", "reproduction_minilm_no_decay", "reproduction_bart"),
         "reproduction_minilm",
+        (("reproduction_bart", "our BART"), ("reproduction_minilm_no_decay", "without decay")),
     ),
     Entry(
         "weight_decay", "Why: weight decay",
@@ -69,8 +72,8 @@ ENTRIES: Final = (
         "sets the sign, and is the contrast of LoRA and DoRA left without it?",
         findings.decay,
         "r against total decay for query and value: LoRA stays near +0.7 to +1, FT and DoRA go "
-        "down as decay grows, but for DoRA across the layers of query; signed ΔM lies on the "
-        "predicted line for FT.",
+        "down as decay grows, but for DoRA across the layers of query; the change of magnitude "
+        "against total decay lies on the prediction for FT and LoRA, below it for DoRA.",
         "python -m analyses.weight_decay --seeds 5 --steps 500 --batch-size 128 --held-out 1000 "
         "--data pairs.jsonl",
         ("weight_decay",),
@@ -110,7 +113,7 @@ ENTRIES: Final = (
         "coupling, with the paper's decay and without?",
         findings.when,
         "A map of r: LoRA's columns are red throughout, FT's and DoRA's blue with decay and pale "
-        "without.",
+        "without, but red in the last row, where the whole run is pooled.",
         "python -m analyses.sign_map --seeds 2 --steps 300 --batch-size 128 --held-out 1000 "
         "--data pairs.jsonl",
         ("sign_map",),
@@ -172,15 +175,19 @@ def cost(entry: Entry) -> str:
             f"{place['runs']} on {place['machine']}, torch {place['torch']}"
             for place in made["runs_by_machine"]
         )
-    took = (
-        f", {timed} of them timed: {minutes:.0f} minutes of work, many at a time" if timed else ""
-    )
+    if timed == len(jobs):
+        took = f", {minutes:.0f} minutes of work, many at a time"
+    elif "begun_in_minutes" in made:
+        took = f", begun within {made['begun_in_minutes']:.0f} minutes, many at a time"
+    else:
+        took = f", {timed} of them timed: {minutes:.0f} minutes of work, many at a time"
     return f"{len(jobs)} runs{took}; {where}"
 
 
 def paragraph(entry: Entry) -> str:
     """One recipe in analyses/README.md."""
     figure = f"{entry.figure or entry.name}.png"
+    more = "".join(f", [{words}](../figures/{name}.png)" for name, words in entry.more)
     return "\n".join(
         [
             f"## {entry.title} (`analyses.{entry.name}`)",
@@ -189,7 +196,7 @@ def paragraph(entry: Entry) -> str:
             "",
             entry.answer(),
             "",
-            f"[Figure](../figures/{figure}) · `{entry.command}` · {cost(entry)}.",
+            f"[Figure](../figures/{figure}){more} · `{entry.command}` · {cost(entry)}.",
         ]
     )
 

@@ -175,16 +175,16 @@ def draw(table: pd.DataFrame, checks: pd.DataFrame) -> Figure:
     looks: dict[str, Any] = {"markersize": 4, "linestyle": "none"}
     with drawing.panels(2, 2) as (figure, axes):
         error, radial, gain, scenario = axes.flat
-        for place, (_, rows) in enumerate(checks.groupby("equations")):
+        for place, (_, rows) in enumerate(checks.groupby("equations", sort=False)):
             for shift, quantity in zip((-0.2, 0, 0.2), ("A", "B", "m"), strict=True):
                 y = rows[f"error_{quantity}"]
                 error.plot(np.full(len(y), place + shift), y, ".", color="#0072B2", markersize=4)
                 error.annotate(f"∇{quantity}", (place + shift, y.max()), (0, 3), ha="center",
                                textcoords="offset points", fontsize=6.5)  # fmt: skip
-            error.set_xticks(
-                range(place + 1), list(checks.groupby("equations").groups)[: place + 1]
-            )
+        error.set_xticks((0, 1), ["Eq. 6 and 7", "Eq. 11 (norm detached) and 7"])
+        error.set_xlim(-0.5, 1.5)
         error.set_yscale("log")
+        error.set_ylim(1e-16, 1e-14)
         error.set_title("equations against autograd (float64)")
         error.set_ylabel("relative error")
         for role, marker, colour in (("query", "o", "#0072B2"), ("value", "^", "#D55E00")):
@@ -192,27 +192,34 @@ def draw(table: pd.DataFrame, checks: pd.DataFrame) -> Figure:
             x = rows["layer"]
             radial.plot(x, rows["radial_share"], marker, color=colour, label=role, **looks)
             radial.plot(x, rows["first_along_weight"], marker, color=colour, fillstyle="none",
-                        label=f"{role}, of the largest direction", **looks)  # fmt: skip
+                        label=f"{role}, largest direction of the covariance", **looks)  # fmt: skip
             gain.plot(x, 100 * rows["participation_gain"], marker, color=colour, **looks)
             scenario.plot(x, rows["r_equal_length"], marker, color=colour, **looks)
             scenario.plot(
                 x, rows["r_actual_length"], marker, color=colour, fillstyle="none", **looks
             )
-        radial.axhline(1 / table["inputs"].iloc[0], color="#333333", linewidth=0.8, linestyle=":")
-        radial.annotate("random direction: 1/k", (0, 1 / table["inputs"].iloc[0]), (0, 3),
-                        textcoords="offset points", fontsize=6.5)  # fmt: skip
+        random = 1 / int(table["inputs"].iloc[0])
+        radial.axhline(random, color="#333333", linewidth=0.8, linestyle=":")
+        radial.annotate("a random\ndirection: 1/k", (1, random), (3, 0), fontsize=6.5, va="center",
+                        xycoords=radial.get_yaxis_transform(),
+                        textcoords="offset points")  # fmt: skip
+        middle = float(table["layer"].mean())
+        for height, words in ((0.85, "hollow: steps as long as the gradients"),
+                         (-0.75, "filled: steps made equally long (S1, S2)")):  # fmt: skip
+            scenario.annotate(words, (middle, height), ha="center", fontsize=6.5)
         radial.set_yscale("log")
-        radial.set_title("share of the gradient along the weight")
-        gain.set_title("gain in participation ratio by the projection")
-        gain.set_ylabel("%")
-        scenario.set_title("|∇m| against ΔD, across units")
-        scenario.set_ylabel("r (filled: equal lengths; hollow: actual)")
+        radial.set_title("what the projection takes off")
+        radial.set_ylabel("share of ‖∇W′‖² along the weight")
+        gain.set_title("what that does to the covariance")
+        gain.set_ylabel("gain in participation ratio, %\n(above 0: better conditioned)")
+        scenario.set_title("across units: |∇m| against ΔD of a step")
+        scenario.set_ylabel("r")
         scenario.set_ylim(-1.05, 1.05)
         for panel in (radial, gain, scenario):
             panel.set_xlabel("layer")
         for panel in (gain, scenario):
             drawing.zero_line(panel)
-        drawing.legend_below(figure, radial)
+        drawing.legend_below(figure, radial, columns=4)
     return figure
 
 

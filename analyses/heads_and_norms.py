@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 FOLLOWED: Final = ("query", "value", "norm")
 PARTS: Final = ("query heads", "value heads", "norms")
+INSIDE: Final = "heads of one layer"
+RELATIVE: Final = "heads of one layer, ΔM/m"
 
 
 def adapt_with_norms(model: PairModel, recipe: Recipe) -> None:
@@ -79,12 +81,17 @@ def with_part(trajectory: pd.DataFrame) -> pd.DataFrame:
 
 
 def couplings(late: pd.DataFrame) -> pd.DataFrame:
-    """Across all heads (or norms) at one checkpoint, and across the heads inside each layer."""
+    """Across all heads (or norms) at one checkpoint, and across the heads inside each layer.
+
+    Inside layers also of ΔM/m, which the size of a head does not change.
+    """
     across = dd.coupling(late, by=["method", "part"], level="within_step", permutations=0)
     heads = late[late["part"] != "norms"]
+    shares = heads.assign(delta_magnitude=heads["relative_delta_magnitude"])
     inside = [
-        heads_inside(group).assign(method=str(method), part=str(part))
-        for (method, part), group in heads.groupby(["method", "part"])
+        heads_inside(group).assign(method=str(method), part=str(part), scope=scope)
+        for scope, rows in ((INSIDE, heads), (RELATIVE, shares))
+        for (method, part), group in rows.groupby(["method", "part"])
     ]
     across = across.assign(scope="all heads or norms")
     return pd.concat([across, *inside], ignore_index=True)
@@ -96,7 +103,7 @@ def heads_inside(rows: pd.DataFrame) -> pd.DataFrame:
         run=rows["run"] + "/" + rows["layer"].astype(str), layer=rows["head"], stack=""
     )
     found = dd.coupling(apart, by=["role"], level="within_step", permutations=0)
-    return found.drop(columns="role").assign(scope="heads of one layer")
+    return found.drop(columns="role")
 
 
 def path(trajectory: pd.DataFrame) -> pd.DataFrame:
@@ -132,8 +139,8 @@ def draw(late: pd.DataFrame, along: pd.DataFrame) -> Figure:
                 panel.set_yscale("log")
             top.set_title(part)
             bottom.set_xlabel("ΔD")
-        axes[0, 0].set_ylabel("ΔM/m, each at the end")
-        axes[1, 0].set_ylabel("ΔM/m, median over training")
+        axes[0, 0].set_ylabel("ΔM/m: each at the end,\nall layers and seeds")
+        axes[1, 0].set_ylabel("ΔM/m: median, step by step\n(marker: the end)")
         drawing.legend_below(figure, axes[0, 0])
     return figure
 

@@ -1,9 +1,10 @@
 """Run: `python -m analyses.rank` (full setting: `--seeds 5 --steps 500 --batch-size 128`).
 
 Task score and coupling against rank, 2 to 128, for LoRA and DoRA, beside full fine-tuning; DoRA
-against LoRA of twice its rank; and how many directions the updates really use: the effective rank
-exp(H) of ΔW, where H is the entropy of its singular values as shares of their sum (Roy and
-Vetterli 2007), and the share of ‖ΔW‖² in the largest of them.
+against LoRA of its rank and of twice its rank; and how many directions the updates really use: the
+effective rank exp(H) of ΔW, where H is the entropy of its singular values as shares of their sum
+(Roy and Vetterli 2007), and the share of ‖ΔW‖² in the largest of them. The same without weight
+decay is `--no-decay --name rank_no_decay`.
 
 Writes figures/rank.{png,svg} and analyses/results/rank.{csv,json}, rank_spectrum.csv and
 rank_halved.csv.
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
+
+    from analyses.finetuning.sweep import Sweep
 
 RANKS: Final = (2, 4, 8, 16, 32, 64, 128)
 TABLE_15: Final = {"rank": (4, 8, 16, 32, 64), "LoRA": (39.5, 40.7, 70.9, 74.8, 65.8),
@@ -73,6 +76,21 @@ def spectrum(run: Path) -> pd.DataFrame:
         row = {"site": site.name, "role": site.role, "layer": site.layer}
         rows.append(row | shape_of(values))
     return pd.DataFrame(rows)
+
+
+def spectra(done: Sweep, stored: Path | None) -> pd.DataFrame:
+    """The spectra of all runs; a table that is stored already is read, weights are large."""
+    if stored is not None and stored.exists():
+        return pd.read_csv(stored)
+    return pd.concat(
+        [
+            spectrum(done.folder / job["job"]).assign(
+                method=job["method"], rank=job["rank"], seed=job["seed"]
+            )
+            for job in done.finished
+        ],
+        ignore_index=True,
+    )
 
 
 def shape_of(values: NDArray[np.float64]) -> dict[str, float]:
@@ -127,6 +145,12 @@ def draw(table: pd.DataFrame) -> Figure:
             colour, marker = drawing.METHOD_COLOURS[method], drawing.METHOD_MARKERS[method]
             used.plot(x, rows["effective_rank"], marker + "-", color=colour, markersize=4)
             paper.plot(TABLE_15["rank"], TABLE_15[method], marker + "-", color=colour, markersize=4)
+            if method == "DoRA":  # of half the rank: below the LoRA it is to be held against
+                half: dict[str, Any] = {"color": colour, "markersize": 3.5, "fillstyle": "none"}
+                score.plot(2 * x[:-1], rows["score"].iloc[:-1], marker + ":",
+                           label="DoRA of half the rank", **half)  # fmt: skip
+                paper.plot(2 * np.array(TABLE_15["rank"][:-1]), TABLE_15[method][:-1],
+                           marker + ":", **half)  # fmt: skip
         full = value[value["method"] == "FT"].iloc[0]
         for panel, name in ((score, "score"), (coupled, "pearson"), (used, "effective_rank")):
             panel.axhline(
@@ -136,7 +160,8 @@ def draw(table: pd.DataFrame) -> Figure:
                 low, high = full[f"{name}_low"], full[f"{name}_high"]
                 panel.axhspan(low, high, color=drawing.METHOD_COLOURS["FT"], alpha=0.1)
         used.plot(RANKS, RANKS, color="#333333", linewidth=0.8, linestyle=":")
-        used.annotate("all of the rank", (RANKS[3], RANKS[3]), fontsize=6.5, ha="right")
+        used.annotate("LoRA could use: its rank", (RANKS[3], RANKS[3]), (-4, 3), fontsize=6.5,
+                      ha="right", textcoords="offset points")  # fmt: skip
         for panel, title, name in (
             (score, "here: MiniLM, docstrings", "share of texts found"),
             (paper, "the paper's Table 15: LLaMA-7B", "commonsense accuracy, %"),
@@ -144,10 +169,15 @@ def draw(table: pd.DataFrame) -> Figure:
             (used, "directions used, value", "effective rank of ΔW"),
         ):
             panel.set_xscale("log", base=2)
+            panel.set_xticks(RANKS, [str(rank) for rank in RANKS])
+            panel.set_xlim(RANKS[0] / 1.3, RANKS[-1] * 1.3)
             panel.set_title(title)
             panel.set_ylabel(name)
             panel.set_xlabel("rank")
         used.set_yscale("log", base=2)
+        ticks = (1, 4, 16, 64, 256)
+        used.set_yticks(ticks, [str(tick) for tick in ticks])
+        used.minorticks_off()
         coupled.set_ylim(-1.05, 1.05)
         drawing.zero_line(coupled)
         drawing.legend_below(figure, score)
@@ -162,15 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-decay", dest="decay", action="store_false", help="Λ = 0, not paper's")
     options = parser.parse_args(argv)
     done = sweep.run_or_read(options, jobs(options))
-    shapes = pd.concat(
-        [
-            spectrum(done.folder / job["job"]).assign(
-                method=job["method"], rank=job["rank"], seed=job["seed"]
-            )
-            for job in done.finished
-        ],
-        ignore_index=True,
-    )
+    shapes = spectra(done, sweep.results(options, "_spectrum.csv") if options.redraw else None)
     table, pairs = summary(done.trajectory(), done.scores, shapes), halved(done.scores)
     tables = {"": table, "_spectrum": shapes, "_halved": pairs}
     write_tables(options.out, options.name, tables)

@@ -2,7 +2,8 @@
 
 When to expect which sign: the coupling of ΔM and ΔD across layers for every learning rate, rank,
 batch size and optimizer, with the paper's total weight decay and with none, and, of the middle
-setting, for late, evenly spaced and early checkpoints.
+setting, for late, evenly spaced and early checkpoints, and pooled over checkpoints: the paper's
+late ones, and a whole run. Without decay AdamW and Adam are one optimizer, and share their runs.
 
 Writes figures/sign_map.{png,svg} and analyses/results/sign_map.{csv,json}.
 """
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from dora_dynamics.statistics import CheckpointKind
 
 MIDDLE: Final = "middle"
+COUPLED: Final = "Adam, decay in the gradient"
+POOLED: Final = {"late": "pooled, late checkpoints", "all": "pooled, the whole run"}
 DECAYS: Final = ("paper's decay", "no decay")
+BY: Final = ["setting", "decay", "role", "method"]
 KINDS: Final[tuple[CheckpointKind, ...]] = ("late", "even", "early")
 SGD_RATE: Final = 300.0
 """SGD's learning rate over that of Adam's, which makes it turn the weights about as far."""
@@ -46,7 +50,7 @@ def settings(recipe: Recipe) -> dict[str, Recipe]:
     varied |= {f"batch size × {x:g}": {"batch_size": int(x * recipe.batch_size)} for x in (0.25, 4)}
     if recipe.method != "FT":
         varied |= {f"rank {rank}": {"rank": rank} for rank in (4, 64)}
-    varied["Adam, decay in the gradient"] = {"optimizer": "adam_l2"}
+    varied[COUPLED] = {"optimizer": "adam_l2"}
     varied["SGD with momentum"] = {"optimizer": "sgd", "learning_rate": SGD_RATE * rate}
     return {name: replace(recipe, **change) for name, change in varied.items()}
 
@@ -78,24 +82,27 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def couplings(trajectory: pd.DataFrame) -> pd.DataFrame:
-    """Coupling across layers in each setting, and of the middle one at other checkpoints."""
+    """Coupling across layers in each setting; of the middle one also by choice of checkpoints."""
     tables = []
     for kind in KINDS:
         chosen = dd.select_checkpoints(trajectory, 4, kind)
         if kind != "late":
             chosen = chosen[chosen["setting"] == MIDDLE].assign(setting=f"{kind} checkpoints")
-        by = ["setting", "decay", "role", "method"]
-        tables.append(dd.coupling(chosen, by=by, level="within_step", permutations=0))
-    return pd.concat(tables, ignore_index=True)
+        tables.append(dd.coupling(chosen, by=BY, level="within_step", permutations=0))
+    middle = trajectory[trajectory["setting"] == MIDDLE]
+    for which, setting in POOLED.items():
+        chosen = dd.select_checkpoints(middle, 4, "late") if which == "late" else middle
+        chosen = chosen.assign(setting=setting)
+        tables.append(dd.coupling(chosen, by=BY, level="pooled", permutations=0))
+    first = tables[0]
+    same = first[(first["setting"] == MIDDLE) & (first["decay"] == DECAYS[1])]
+    return pd.concat([*tables, same.assign(setting=COUPLED)], ignore_index=True)
 
 
-def draw(table: pd.DataFrame) -> Figure:
-    """A map: a row a setting, a column a role, method and decay, r as colour and number.
-
-    A number whose 95% interval leaves out zero is bold; a grey cell was not run.
-    """
+def draw(table: pd.DataFrame, note: str) -> Figure:
+    """A map: a row a setting, a column a role, method and decay, r as colour and number."""
     rows = list(dict.fromkeys(table["setting"]))
-    with drawing.panels(1, 2, height=0.2 * len(rows) + 1.3, sharey=True) as (figure, axes):
+    with drawing.panels(1, 2, height=0.2 * len(rows) + 1.7, sharey=True) as (figure, axes):
         image = None
         for panel, role in zip(axes[0], ("query", "value"), strict=True):
             columns = [(method, decay) for method in METHODS for decay in DECAYS]
@@ -115,7 +122,9 @@ def draw(table: pd.DataFrame) -> Figure:
             panel.grid(visible=False)
             panel.set_facecolor("#EEEEEE")
             panel.set_title(role)
-            short = {DECAYS[0]: "Λ", DECAYS[1]: "Λ = 0"}
+            for row, column in np.argwhere(np.isnan(grid)):
+                panel.text(column, row, "–", ha="center", va="center", color="#777777")
+            short = {DECAYS[0]: "decay", DECAYS[1]: "none"}
             panel.set_xticks(
                 range(len(columns)), [f"{method}\n{short[decay]}" for method, decay in columns]
             )
@@ -123,7 +132,8 @@ def draw(table: pd.DataFrame) -> Figure:
             panel.tick_params(length=0)
         assert image is not None
         bar = figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8, pad=0.01)
-        bar.set_label("r of ΔM and ΔD across layers")
+        bar.set_label("r of ΔM and ΔD")
+        figure.supxlabel(note, fontsize=6.5)
     return figure
 
 
@@ -137,7 +147,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores = done.scores.groupby(["setting", "decay", "method"])["retrieval"].mean().reset_index()
     table = table.merge(scores, how="left", on=["setting", "decay", "method"])
     write_tables(options.out, options.name, {"": table})
-    files = save(draw(table), options.out / "figures" / options.name)
+    recipe, seeds = done.about["recipes"][0], done.scores["seed"].nunique()
+    note = (
+        f"Middle: AdamW, rank 16, batch {recipe['batch_size']}, {recipe['steps']} steps, the "
+        f"paper's learning rates; each other row changes one thing. {seeds} seeds.\n"
+        "decay: the paper's total Λ, "
+        + ", ".join(f"{method} {total:g}" for method, total in PAPER_TOTAL_DECAY.items())
+        + ".\nAcross layers, but where “pooled”. Bold: the 95% interval leaves out zero. "
+        "–: no such run."
+    )
+    files = save(draw(table, note), options.out / "figures" / options.name)
     print(f"Wrote {', '.join(map(str, files))}")
 
 

@@ -152,20 +152,31 @@ def draw(
                 x, best["magnitude"] * lengthening(x), color="#333333", linewidth=0.9, zorder=1
             )
             theirs.annotate(
-                f"m = {best['magnitude']:.2f}, R² = {best['r_squared']:.2f}",
+                f"LoRA: m = {best['magnitude']:.2f}, R² = {best['r_squared']:.2f}",
                 (0.97, 0.06), xycoords="axes fraction", fontsize=6.5, ha="right",
             )  # fmt: skip
             share.axhline(1 / inputs, color="#333333", linewidth=0.8, linestyle=":")
+            share.annotate(
+                "a random direction: 1/k", (0.97, 1 / inputs), (0, -2), ha="right", va="top",
+                xycoords=share.get_yaxis_transform(), textcoords="offset points", fontsize=6.5,
+            )  # fmt: skip
             share.set_yscale("log")
-            here.set_title(f"{role}: recorded")
+            share.set_ylim(0.5 / inputs, 1.5)
+            r_squared = explained(late[(late["role"] == role) & (late["method"] == "LoRA")])
+            here.annotate(f"LoRA: R² = {r_squared['r_squared']:.2f}", (0.97, 0.06), ha="right",
+                          xycoords="axes fraction", fontsize=6.5)  # fmt: skip
+            here.set_title(f"{role}: recorded here")
             theirs.set_title(f"{role}: the paper's points")
-            share.set_title(f"{role}: radial share of ‖ΔW‖²")
+            share.set_title(f"{role}: radial share of ‖ΔW‖²", pad=13)
+            share.annotate("the rest is tangential; bands: all weights and seeds", (0.5, 1), (0, 3),
+                           xycoords="axes fraction", textcoords="offset points", ha="center",
+                           fontsize=6)  # fmt: skip
             here.set_ylabel("ΔM/m")
             theirs.set_ylabel("ΔM")
         for panel, name in zip(axes[1], ("ΔD", "ΔD", "step"), strict=True):
             panel.set_xlabel(name)
-        axes[1, 2].annotate("random: 1/k", (0, 1 / inputs), (2, 2), textcoords="offset points",
-                            fontsize=6.5)  # fmt: skip
+        axes[0, 0].plot([], [], "-", color="#333333", linewidth=0.9,
+                        label="orthogonal update: ΔM = m ΔD/(1 − ΔD)")  # fmt: skip
         drawing.legend_below(figure, axes[0, 0])
     return figure
 

@@ -7,7 +7,7 @@ magnitude against what decay and turning alone would give, m' = m·exp(−Λ)/(1
 
 Writes figures/weight_decay.{png,svg}, and analyses/results/weight_decay.csv (the coupling of each
 condition), _prediction.csv (its points against the prediction), _contrast.csv (LoRA minus DoRA and
-FT) and .json.
+FT), _relative.csv (the coupling of ΔM/m, which tells decay from the size of the weights) and .json.
 """
 
 from __future__ import annotations
@@ -89,6 +89,23 @@ def prediction(late: pd.DataFrame) -> pd.DataFrame:
     found["predicted"] = shrunk / (1 - last["delta_direction"].to_numpy(float)) - 1
     found["error"] = found["measured"] - found["predicted"]
     return found
+
+
+def relative(late: pd.DataFrame) -> pd.DataFrame:
+    """Coupling of ΔM/m_0 and ΔD across layers, and r of ΔD and m_0 at the last checkpoint.
+
+    Decay takes the same share of every weight, and large weights turn less: ΔM falls with ΔD by the
+    sizes of the weights alone. ΔM/m_0 is free of that.
+    """
+    by = ["role", "method", "total"]
+    shares = late.assign(delta_magnitude=late["relative_delta_magnitude"])
+    found = dd.coupling(shares, by=by, level="within_step", permutations=0)
+    last = late[late["step"] == late.groupby("run")["step"].transform("max")]
+    sizes = [
+        (*key, group["delta_direction"].corr(group["magnitude_before"]))
+        for key, group in last.groupby(by)
+    ]
+    return found.merge(pd.DataFrame(sizes, columns=[*by, "r_direction_size"]), on=by)
 
 
 def contrast(late: pd.DataFrame) -> pd.DataFrame:
@@ -196,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     late = done.trajectory()
     table, points, differences = couplings(late), prediction(late), contrast(late)
     tables = {"": table, "_prediction": points, "_contrast": differences}
+    tables["_relative"] = relative(late)
     write_tables(options.out, options.name, tables)
     recipe, seeds = done.about["recipes"][0], done.scores["seed"].nunique()
     note = (

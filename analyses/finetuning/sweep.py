@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 Adapt: TypeAlias = Callable[[PairModel, Recipe], None]
 
 WORKERS_PER_GPU: Final = 6
+PAUSE: Final = 10.0
+"""Minutes without a new run after which a sweep was interrupted, not at work."""
 _OUTCOME: Final = "outcome.json"
 
 
@@ -210,17 +214,25 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
 
 
 def _made_on(done: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Versions and machine of most runs; where some ran elsewhere, how many ran where."""
+    """Versions and machine of most runs; where some ran elsewhere, how many ran where.
+
+    And in how many minutes they were begun, long pauses aside: what a sweep took whose runs have no
+    times.
+    """
     places: Counter[tuple[str, str]] = Counter()
+    begun = []
     for outcome in done:
         file = folder / outcome["job"] / RUN_FILE
         if file.exists():
             made = json.loads(file.read_text(encoding="utf-8"))
             places[json.dumps(made["versions"]), made["machine"]] += 1
+            begun.append(datetime.fromisoformat(made["created"]))
     if not places:
         return {"versions": provenance.versions(), "machine": provenance.machine()}
     versions, machine = places.most_common(1)[0][0]
-    found = {"versions": json.loads(versions), "machine": machine}
+    gaps = [(b - a).total_seconds() / 60 for a, b in pairwise(sorted(begun))]
+    minutes = round(sum(gap for gap in gaps if gap < PAUSE), 1)
+    found = {"versions": json.loads(versions), "machine": machine, "begun_in_minutes": minutes}
     if len(places) > 1:
         found["runs_by_machine"] = [
             {"runs": count, "machine": machine, "torch": json.loads(versions)["torch"]}

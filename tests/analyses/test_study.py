@@ -47,6 +47,9 @@ def test_weight_decay(small: list[str], tmp_path: Path) -> None:
     full = points[(points["method"] == "FT") & (points["total"] == 0.1)]
     np.testing.assert_allclose(full["predicted"], np.exp(-0.1) - 1, atol=2e-3)
     np.testing.assert_allclose(full["measured"], full["predicted"], atol=2e-3)
+    shares = pd.read_csv(tmp_path / "analyses/results/weight_decay_relative.csv")
+    assert len(shares) == 2 * 2 * 3
+    assert shares["r_direction_size"].abs().max() <= 1
     contrast = pd.read_csv(tmp_path / "analyses/results/weight_decay_contrast.csv")
     assert len(contrast) == 2 * 2 * 2
     assert drawn(tmp_path, "weight_decay")
