@@ -66,12 +66,14 @@ class Way:
         repeats: how many.
         result: its sums of the first matrix, to be held against float64; None for the naive ways.
         wall: whether wall time is meant on a GPU too, to the last number in host memory.
+        uncaptured: where `run` replays a graph, which holds its memory all the time, what is in it.
     """
 
     run: Callable[[], object]
     repeats: int = 1
     result: UnitSums | None = None
     wall: bool = False
+    uncaptured: Callable[[], object] | None = None
 
 
 def weights(case: Case, device: str) -> list[Pairs]:
@@ -172,7 +174,7 @@ def read(pairs: Pairs) -> None:
 
 def gpu_ways(case: Case, sets: list[Pairs]) -> dict[str, Way]:
     """The ways to measure a case on an NVIDIA or AMD GPU; "copy" is the limit."""
-    from dora_dynamics._kernels import triton_low_rank, triton_path
+    from dora_dynamics._kernels import triton_low_rank, triton_low_rank_plan, triton_path
 
     device = sets[0][0][0].device
     source = torch.ones(1 << 29, device=device)
@@ -187,12 +189,18 @@ def gpu_ways(case: Case, sets: list[Pairs]) -> dict[str, Way]:
 
     if case.rank:
         updates = adapters(case, sets[0])
-        sums, _ = triton_low_rank.queue(updates[:1])
+        plan = triton_low_rank_plan.plan_of(updates)
+        low_rank_sums = torch.empty((4, plan.total), dtype=torch.float64, device=device)
+        result = UnitSums(triton_low_rank.queue(updates[:1])[0])
+
+        def low_rank_run() -> None:
+            triton_low_rank.run(plan, low_rank_sums)
+
         return ways | {
             "naive": Way(lambda: [naive([built(u, torch.float32)]) for u in updates]),
             "naive, float64": Way(lambda: [naive([built(u, torch.float64)]) for u in updates]),
             "built, then triton": Way(lambda: [launch([built(u, torch.float32)]) for u in updates]),
-            "low rank": Way(lambda: triton_low_rank.queue(updates), result=UnitSums(sums)),
+            "low rank": Way(captured(low_rank_run), 1, result, uncaptured=low_rank_run),
             "low rank, to host": Way(lambda: low_rank.low_rank_sums_of_all(updates), wall=True),
         }
     plans = [triton_path.make_plan(pairs) for pairs in sets]

@@ -11,7 +11,8 @@ autograd keeps from forward to backward is counted too, each memory once, parame
 DoRA with the norm a constant to the gradient (Sec. 4.3, `detached`) and with the exact gradient;
 PEFT has the former only, and its rows are left out where it is not installed. `merged` is ours and
 PEFT's after merging, and `original` the model before: forward without gradients, in turns of their
-own, with the ratio to it in each turn, which is 1 within noise.
+own, with the ratio to it in each turn. `original again` is the same model made anew: what its ratio
+is away from 1 is the noise between two models whose memory lies elsewhere.
 
 Writes analyses/results/adapter_cost_<machine>.csv, anew after each model, and
 figures/adapter_cost.{png,svg} from the tables of all machines found there; `--redraw` only draws.
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 NAME: Final = "adapter_cost"
 RANK: Final = 16
+AGAIN: Final = 2
+"""Models that are made again, to see how much two of the same differ."""
 COLOURS: Final = {"ours": "#0072B2", "PEFT": "#E69F00", "original": "#999999"}
 
 
@@ -57,18 +60,20 @@ class Variant:
         by: "ours", "PEFT" or "original".
         detached: whether the norm is a constant to the gradient.
         merged: whether the adapter is merged away.
+        again: which of several of the same, 0 for the first.
     """
 
     method: str
     by: str
     detached: bool = False
     merged: bool = False
+    again: int = 0
 
     @property
     def name(self) -> str:
         """As in the table."""
         if self.by == "original":
-            return "original"
+            return f"original again, {self.again}" if self.again else "original"
         kind = {True: " detached", False: " exact"}[self.detached] if self.method == "DoRA" else ""
         return f"{self.method}{'' if self.merged else kind}, {self.by}"
 
@@ -81,7 +86,8 @@ def variants() -> list[Variant]:
         Variant("DoRA", "ours", detached=True),
         Variant("DoRA", "ours"),
     ]
-    merged = [Variant("DoRA", "ours", detached=True, merged=True)]
+    merged = [Variant("none", "original", again=again) for again in range(1, AGAIN + 1)]
+    merged.append(Variant("DoRA", "ours", detached=True, merged=True))
     if _tables.version("peft"):
         found += [Variant("LoRA", "PEFT"), Variant("DoRA", "PEFT", detached=True)]
         merged.append(Variant("DoRA", "PEFT", detached=True, merged=True))
@@ -272,7 +278,7 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
         words = {"peak_mb": "peak of forward and backward, MB", "kept_mb": "kept for backward, MB"}
         memory.set_xlabel(words[column], fontsize=7)
         memory.set_yticks(at, [""] * len(at))
-        merged = table[table["merged"]]
+        merged = table[table["merged"] | table["variant"].str.startswith("original again")]
         at = np.arange(len(merged))
         ratio = merged["latency_ratio"].to_numpy()
         errors: NDArray[np.float64] = np.abs(
@@ -282,7 +288,8 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
         latency.errorbar(ratio, at, xerr=errors, fmt="none", ecolor="#333333", elinewidth=0.8)
         latency.scatter(ratio, at, color=colours, zorder=3)
         latency.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
-        latency.set_yticks(at, merged["by"], fontsize=7)
+        names = merged["by"].replace("original", "again")
+        latency.set_yticks(at, names, fontsize=7)
         reach = max(
             0.05, 1.2 * float(np.abs(merged[["ratio_low", "ratio_high"]] - 1).to_numpy().max())
         )

@@ -26,7 +26,7 @@ from dora_dynamics.effective import Check, Dense, LowRank
 from dora_dynamics.effective.factors import built
 from dora_dynamics.sharded import Adapted
 from dora_dynamics.units.arithmetic import MEASURES, rescaled, unit_arrays
-from dora_dynamics.units.batches import Ranges, batched_sums, length, positions
+from dora_dynamics.units.batches import Ranges, batched_sums, length, picked
 from dora_dynamics.units.summary import UnitSummary, finished
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Measurement:
             found.update(zip(order, finished(get(), counts), strict=True))
         units = {device: get() for device, get in self._units.items()}
         return [
-            Measured(found[i], UnitChange(*units[device][:, positions(ranges)]) if units else None)
+            Measured(found[i], UnitChange(*picked(units[device], ranges)) if units else None)
             for i, (device, ranges) in enumerate(self._sites)
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from functools import partial
 from importlib.util import find_spec
+from itertools import compress
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -63,8 +64,12 @@ def low_rank_sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
             some = [updates[i] for i in here]
             if device.type == "cuda" and find_spec("triton") is not None:
                 path = importlib.import_module("dora_dynamics._kernels.triton_low_rank")
-                fast = iter(path.sums_of_all([update for update in some if path.fits(update)]))
-                found = [next(fast) if path.fits(update) else plain_sums(update) for update in some]
+                fits = [path.fits(update) for update in some]
+                fast = iter(path.sums_of_all(list(compress(some, fits))))
+                found = [
+                    next(fast) if fit else plain_sums(update)
+                    for update, fit in zip(some, fits, strict=True)
+                ]
             elif device.type == "cpu":
                 found = [
                     (cpu_sums if update.before.numel() >= _LARGE else plain_sums)(update)

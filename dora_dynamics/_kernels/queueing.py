@@ -101,8 +101,9 @@ def queue_low_rank_sums(updates: Sequence[LowRankUpdate]) -> list[QueuedSums]:
                 path = importlib.import_module("dora_dynamics._kernels.triton_low_rank")
                 fast = [i for i in here if path.fits(updates[i])]
                 if fast:
-                    found, _ = path.queue([updates[i] for i in fast])
-                    queued.append(QueuedSums(fast, _units(updates, fast), found))
+                    found, first = path.queue([updates[i] for i in fast])
+                    as_laid = [fast[i] for i in sorted(range(len(fast)), key=first.__getitem__)]
+                    queued.append(QueuedSums(as_laid, _units(updates, as_laid), found))
             rest = [i for i in here if i not in fast]
             if rest:
                 some = [updates[i] for i in rest]

@@ -8,23 +8,24 @@ again. The products of rank
 size, c = s² diag(B (A Aᵀ) Bᵀ), are float64, and so is a: DoRA's m is compared with √a, and that
 difference cancels.
 
-Sites are taken in groups, so that what is copied for the kernel, A in its parts and A and B in
-float64, is that of a few sites: 160 MB at most, or what one site takes, however many there are.
+Sites are taken in portions, so that what is copied for the kernel, A in its parts and A and B in
+float64, is that of a few sites: 240 MB at most, or what one site takes, however many there are.
+Much of the time of small updates is the host's, which queues all this: hence a plan that is kept,
+and the work of all sites of a shape in one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from dora_dynamics._kernels.sums import UnitSums, from_array, on_device, ratio, to_host
+from dora_dynamics._kernels.sums import UnitSums, from_array, ratio, to_host
+from dora_dynamics._kernels.triton_gather import gather
 from dora_dynamics._kernels.triton_low_rank_again import sum_again
+from dora_dynamics._kernels.triton_low_rank_plan import ENTRY, TILINGS, fits, plan_of
 from dora_dynamics._kernels.triton_path import element_type
 
 if TYPE_CHECKING:
@@ -33,20 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dora_dynamics._kernels.low_rank_update import LowRankUpdate
+    from dora_dynamics._kernels.triton_low_rank_plan import Kind, Plan, Portion
 
-_ENTRY: Final = 11
-"""Numbers a site takes in the table, in the order in which the kernel reads them."""
-TILINGS: Final = {
-    16: (64, 128, 4, 3),
-    32: (64, 128, 4, 3),
-    64: (64, 64, 4, 3),
-    128: (128, 64, 8, 3),
-}
-"""By rank: units and features of a tile, warps, and tiles in flight."""
-_PACKED: Final = 1 << 23
-"""Elements of A in one launch, and in its three parts at a time."""
-_PRODUCT: Final = 1 << 22
-"""Elements of A or B converted to float64 at a time."""
+__all__ = ["fits", "queue", "sums_of_all"]
 
 
 def _low_rank_kernel(
@@ -141,152 +131,93 @@ def sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:
     ]
 
 
-def fits(update: LowRankUpdate) -> bool:
-    """Whether the kernel was made for it."""
-    before = update.before
-    return (
-        before.dtype != torch.float64
-        and update.A.shape[0] <= max(TILINGS)
-        and 1 in before.stride()
-        and update.A.device == update.B.device == before.device
-    )
+def queue(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, tuple[int, ...]]:
+    """Queue all work; the sums will be in the returned tensor, each site's from its first unit.
+
+    Sites of one kind and shape lie side by side there, whatever their order.
+    """
+    plan = plan_of(updates)
+    sums = torch.empty((4, plan.total), dtype=torch.float64, device=plan.scalings.device)
+    run(plan, sums)
+    return sums, plan.first_units
 
 
-def queue(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, list[int]]:
-    """Queue all work; the sums will be in the returned tensor, each site's from its first unit."""
-    counts = [update.before.shape[0] for update in updates]
-    first_units = [0, *accumulate(counts)]
-    device = updates[0].before.device
-    sums = torch.empty((4, first_units[-1]), dtype=torch.float64, device=device)
-    groups: dict[Kind, list[int]] = {}
-    for i, update in enumerate(updates):
-        groups.setdefault(_kind(update), []).append(i)
-    for kind, members in groups.items():
-        for few in in_portions(members, [updates[i].A.numel() for i in members], _PACKED):
-            some = [updates[i] for i in few]
-            starts = [first_units[i] for i in few]
-            packed = pack(some)
-            squares(some, starts, packed, sums)
-            launch(kind, some, starts, packed, sums)
+def run(plan: Plan, sums: Tensor) -> None:
+    """Queue the launches of a plan, which fill `sums`, shape (4, plan.total)."""
+    workspace = Workspace(plan, sums.device)
+    for portion in plan.portions:
+        parts = workspace.parts(portion.kind)
+        gather(portion.A, workspace.A, parts)
+        gather(portion.B, workspace.B)
+        squares(portion, workspace, sums)
+        launch(portion, parts, sums)
+    scaling = plan.laid[0].repeat_interleave(plan.laid[1].long(), output_size=plan.total)
     a, e, c, P = sums
-    scalings = on_device(np.array([update.scaling for update in updates], np.float64), device)
-    e *= scalings.repeat_interleave(on_device(np.array(counts), device), output_size=len(e))
+    e *= scaling
+    c *= scaling.square_()
     torch.sub(c, ratio(e, a) * e, out=P).clamp_min_(0.0)
-    sum_again(updates, first_units, scalings, sums)
-    return sums, first_units[:-1]
+    sum_again(plan.again, plan.scalings, sums)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What the kernel is compiled for: dtypes of W_0, A and B, padded rank, layout of W_0."""
+class Workspace:
+    """Memory on the device that the portions use one after the other."""
 
-    before: torch.dtype
-    A: torch.dtype
-    B: torch.dtype
-    rank: int
-    by_column: bool
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        """Make room for the largest portion."""
+        A = max(portion.A.size for portion in plan.portions)
+        B = max(portion.B.size for portion in plan.portions)
+        double: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.A, self.B, self.product = (torch.empty(size, **double) for size in (A, B, B))
+        self._parts: dict[bool, Tensor] = {}
 
-
-def _kind(update: LowRankUpdate) -> Kind:
-    before, A, B = update.before, update.A, update.B
-    rank = triton.next_power_of_2(max(A.shape[0], min(TILINGS)))
-    by_column = before.stride(1) != 1 and before.stride(0) == 1
-    return Kind(before.dtype, A.dtype, B.dtype, rank, by_column)
-
-
-def in_portions(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """The items in order, in lists of which each takes at most `limit`, or holds one item."""
-    portions: list[list[int]] = []
-    held = 0
-    for item, size in zip(items, sizes, strict=True):
-        if not portions or held + size > limit:
-            portions.append([])
-            held = 0
-        portions[-1].append(item)
-        held += size
-    return portions
+    def parts(self, kind: Kind) -> Tensor:
+        """Room for A as the kernel multiplies it, shape (parts, elements)."""
+        split = kind.before == torch.bfloat16
+        if split not in self._parts:
+            dtype, rows = (torch.bfloat16, 3) if split else (torch.float32, 1)
+            length = -(-len(self.A) // 16) * 16
+            self._parts[split] = torch.empty((rows, length), dtype=dtype, device=self.A.device)
+        return self._parts[split]
 
 
-def pack(updates: Sequence[LowRankUpdate]) -> Tensor:
-    """A of all sites, one after the other, each row by row."""
-    return torch.cat([update.A.reshape(-1) for update in updates])
-
-
-def launch(
-    kind: Kind,
-    updates: Sequence[LowRankUpdate],
-    starts: Sequence[int],
-    packed: Tensor,
-    sums: Tensor,
-) -> None:
-    """Fill in a and e without its scaling, for updates of one kind; `packed` is used up."""
-    device = sums.device
-    split = kind.before == torch.bfloat16
+def launch(portion: Portion, parts: Tensor, sums: Tensor) -> None:
+    """Fill in a, and e without its scaling."""
+    kind = portion.kind
     units, features, warps, stages = TILINGS[kind.rank]
-    table = np.empty((len(updates), _ENTRY), np.int64)
-    programs = offset = 0
-    for entry, first, update in zip(table, starts, updates, strict=True):
-        before, A, B = update.before, update.A, update.B
-        apart = before.stride(1 if kind.by_column else 0)
-        entry[:] = (
-            *(before.data_ptr(), B.data_ptr(), *before.shape, A.shape[0], apart),
-            *(*B.stride(), programs, first, offset),
-        )
-        programs += -(-before.shape[0] // units)
-        offset += A.numel()
-    owners = np.repeat(np.arange(len(updates), dtype=np.int32), np.diff([*table[:, 8], programs]))
-    multiples = table[:, [0, 2, 3, 5, 10] if kind.by_column else [0, 3, 5, 10]]
-    aligned = bool((multiples % 16 == 0).all()) and packed.numel() % 16 == 0
-    with torch.cuda.device(device):
-        low_rank_kernel[(programs,)](
-            on_device(table, device),
-            on_device(owners, device),
+    with torch.cuda.device(sums.device):
+        low_rank_kernel[(len(portion.owners),)](
+            portion.table,
+            portion.owners,
             sums,
             sums.shape[1],
-            _three_parts(packed) if split else packed.to(torch.float32),
-            packed.numel(),
+            parts,
+            parts.stride(0),
             1.0,
             W=element_type(kind.before),
             B=element_type(kind.B),
-            SPLIT=split,
-            ENTRY=_ENTRY,
+            SPLIT=kind.before == torch.bfloat16,
+            ENTRY=ENTRY,
             UNITS=units,
             FEATURES=features,
             RANK=kind.rank,
             BY_COLUMN=kind.by_column,
-            ALIGNED=aligned,
+            ALIGNED=portion.aligned,
             num_warps=warps,
             num_stages=stages,
         )
 
 
-def _three_parts(packed: Tensor) -> Tensor:
-    """A as three bfloat16 parts, 24 bits together, one after the other; `packed` is used up."""
-    parts = torch.empty((3, packed.numel()), dtype=torch.bfloat16, device=packed.device)
-    rest = packed.to(torch.float32)
-    for part in parts:
-        part.copy_(rest)
-        rest -= part
-    return parts
-
-
-def squares(
-    updates: Sequence[LowRankUpdate], starts: Sequence[int], packed: Tensor, sums: Tensor
-) -> None:
-    """Fill in c, in float64, for as many sites of one shape at a time as memory allows."""
-    shapes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
-    offsets = [0, *accumulate(update.A.numel() for update in updates)]
-    for i, update in enumerate(updates):
-        shapes.setdefault((update.A.shape, update.B.shape), []).append(i)
-    for (a_shape, b_shape), members in shapes.items():
-        step = max(1, _PRODUCT // max(a_shape.numel(), b_shape.numel()))
-        for start in range(0, len(members), step):
-            some = members[start : start + step]
-            A = torch.stack([packed[offsets[i] : offsets[i + 1]] for i in some]).double()
-            A = A.view(-1, *a_shape)
-            B = torch.stack([updates[i].B for i in some]).double()
-            scale = on_device(np.array([updates[i].scaling for i in some]), sums.device)
-            product = torch.bmm(B, torch.bmm(A, A.mT)).mul_(B)
-            c = product.sum(2) * (scale * scale)[:, None]
-            where = np.add.outer([starts[i] for i in some], np.arange(b_shape[0]))
-            sums[2].index_copy_(0, on_device(where.ravel(), sums.device), c.ravel())
+def squares(portion: Portion, workspace: Workspace, sums: Tensor) -> None:
+    """Fill in c without its scaling, in float64, the updates of one shape together."""
+    a = b = 0
+    unit = portion.first_unit
+    for (a_shape, b_shape), count in portion.shapes.items():
+        a_size, b_size = count * a_shape.numel(), count * b_shape.numel()
+        A = workspace.A[a : a + a_size].view(count, *a_shape)
+        B = workspace.B[b : b + b_size].view(count, *b_shape)
+        product = workspace.product[:b_size].view(count, *b_shape)
+        torch.bmm(B, torch.bmm(A, A.mT), out=product)
+        units = count * b_shape[0]
+        out = sums[2, unit : unit + units].view(count, b_shape[0])
+        torch.sum(product.mul_(B), 2, out=out)
+        a, b, unit = a + a_size, b + b_size, unit + units

@@ -6,6 +6,7 @@ be believed ends at once. So no one waits, and the weights may be changed by wha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -97,23 +98,35 @@ def _again_kernel(
 again_kernel: Any = triton.jit(_again_kernel)
 
 
-def sum_again(
-    updates: Sequence[LowRankUpdate], first_units: Sequence[int], scalings: Tensor, sums: Tensor
-) -> None:
-    """Queue what puts e and P right where they cannot be believed.
+@dataclass(frozen=True)
+class Again:
+    """One launch, for all updates of the same dtypes.
+
+    Attributes:
+        dtypes: of W_0, A and B.
+        table: `_ENTRY` numbers an update, on the device.
+        owners: the update of each program, on the device.
+    """
+
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    table: Tensor
+    owners: Tensor
+
+
+def launches(updates: Sequence[LowRankUpdate], first_units: Sequence[int]) -> list[Again]:
+    """What looks at every unit of these updates, all on one device.
 
     Args:
-        updates: all on one device.
-        first_units: where the units of each are in `sums`.
-        scalings: of each update, float64, on that device.
-        sums: shape (4, units of all): a, e, c and P.
+        updates: these.
+        first_units: where the units of each are in the sums.
     """
+    device = updates[0].before.device
     kinds: dict[tuple[torch.dtype, torch.dtype, torch.dtype], list[int]] = {}
     for i, update in enumerate(updates):
         kind = (update.before.dtype, update.A.dtype, update.B.dtype)
         kinds.setdefault(kind, []).append(i)
-    device = sums.device
-    for (before_type, A_type, B_type), members in kinds.items():
+    found = []
+    for kind, members in kinds.items():
         table = np.empty((len(updates), _ENTRY), np.int64)
         counts = []
         programs = 0
@@ -126,16 +139,30 @@ def sum_again(
             counts.append(-(-before.shape[0] // _UNITS))
             programs += counts[-1]
         owners = np.repeat(np.array(members, np.int32), counts)
-        with torch.cuda.device(device):
-            again_kernel[(programs,)](
-                on_device(table, device),
-                on_device(owners, device),
+        found.append(Again(kind, on_device(table, device), on_device(owners, device)))
+    return found
+
+
+def sum_again(all_units: Sequence[Again], scalings: Tensor, sums: Tensor) -> None:
+    """Queue what puts e and P right where they cannot be believed.
+
+    Args:
+        all_units: what looks at them.
+        scalings: of each update, float64, on the device.
+        sums: shape (4, units of all): a, e, c and P.
+    """
+    with torch.cuda.device(sums.device):
+        for some in all_units:
+            before, A, B = (element_type(dtype) for dtype in some.dtypes)
+            again_kernel[(len(some.owners),)](
+                some.table,
+                some.owners,
                 scalings,
                 sums,
                 sums.shape[1],
-                W=element_type(before_type),
-                A=element_type(A_type),
-                B=element_type(B_type),
+                W=before,
+                A=A,
+                B=B,
                 ENTRY=_ENTRY,
                 UNITS=_UNITS,
                 FEATURES=_FEATURES,

@@ -7,7 +7,6 @@ program sums its units again in float64 while they are still in the GPU's cache.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_dynamics._kernels.recent import Recent
 from dora_dynamics._kernels.sums import (
     LARGEST,
     SMALLEST,
@@ -28,7 +28,7 @@ from dora_dynamics._kernels.sums import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -44,8 +44,6 @@ _LANE: Final = 64
 """Terms a lane adds in float32; float64 beyond. Then a unit's sums are right to 3e-7 at worst."""
 _WIDE: Final = 16384
 """Bytes of a row from which two warps share it."""
-_KEPT: Final = 8
-"""Plans kept: a recorder asks for the same addresses again at every step."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ def layout_of(before: Tensor, after: Tensor) -> Layout:
     return Layout(before.dtype, by_column, by_row or by_column, aligned and (by_row or by_column))
 
 
-_plans: OrderedDict[Hashable, Plan] = OrderedDict()
+_plans: Recent[Plan] = Recent()
 
 
 def sums_of_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[UnitSums]:
@@ -319,12 +317,7 @@ def plan_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> Plan:
     key = tuple(
         (w.dtype, w.data_ptr(), v.data_ptr(), w.shape, w.stride(), v.stride()) for w, v in pairs
     )
-    device = pairs[0][0].device
-    plan = _plans.pop((device, key), None) or make_plan(pairs)
-    _plans[device, key] = plan
-    if len(_plans) > _KEPT:
-        _plans.popitem(last=False)
-    return plan
+    return _plans.get((pairs[0][0].device, key), lambda: make_plan(pairs))
 
 
 def make_plan(pairs: Sequence[tuple[Tensor, Tensor]], tiling: Tiling | None = None) -> Plan:

@@ -62,6 +62,11 @@ def positions(ranges: Ranges) -> NDArray[np.intp]:
     return np.concatenate([np.arange(start, stop) for start, stop in ranges])
 
 
+def picked(units: NDArray[np.float64], ranges: Ranges) -> NDArray[np.float64]:
+    """A copy of the units in the ranges, which are the columns."""
+    return np.concatenate([units[:, start:stop] for start, stop in ranges], axis=1)
+
+
 @lru_cache(maxsize=8)
 def _batches(
     weights: tuple[Ranges, ...], device: torch.device | None

@@ -103,6 +103,7 @@ def test_adapter_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept["DoRA detached, ours"] < kept["DoRA exact, ours"]
     assert (table.loc[table["merged"], "latency_ratio"] > 0).all()
     assert table.loc["original", "latency_ratio"] == 1
+    assert len(table[table.index.str.startswith("original again")]) == adapter_cost.AGAIN
 
     monkeypatch.setattr(_tables, "version", lambda _: "")
     assert {variant.by for variant in adapter_cost.variants()} == {"original", "ours"}

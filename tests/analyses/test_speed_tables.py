@@ -94,11 +94,17 @@ def test_adapters_of_a_machine_without_peft_or_a_gpu(tmp_path: Path) -> None:
     assert "PEFT's, ours take: LoRA" in speed_tables.adapters(tmp_path)
 
 
-@pytest.mark.parametrize(("low", "misses"), [(0.99, False), (1.003, True)])
-def test_latency_once_merged(tmp_path: Path, low: float, misses: bool) -> None:
-    row = {"model": "BERT", "by": "ours", "merged": True, "machine": MACHINE}
-    row |= {"latency_ratio": 1.004, "ratio_low": low, "ratio_high": 1.01}
-    pd.DataFrame([row]).to_csv(tmp_path / "adapter_cost_cpu-x86_64.csv", index=False)
+@pytest.mark.parametrize(
+    ("low", "again", "misses"), [(0.99, 1.0, False), (1.003, 1.002, True), (1.003, 1.004, False)]
+)
+def test_latency_once_merged(tmp_path: Path, low: float, again: float, misses: bool) -> None:
+    common = {"model": "BERT", "machine": MACHINE}
+    ours = {"variant": "DoRA, ours", "by": "ours", "merged": True, "ratio_high": 1.01}
+    same = {"variant": "original again, 1", "by": "original", "merged": False, "ratio_low": 0.999}
+    ours |= {"latency_ratio": 1.004, "ratio_low": low}
+    same |= {"latency_ratio": 1.001, "ratio_high": again}
+    table = pd.DataFrame([common | ours, common | same])
+    table.to_csv(tmp_path / "adapter_cost_cpu-x86_64.csv", index=False)
     assert ("Misses: BERT on CPU, 2 cores (1.004)" in speed_tables.merged(tmp_path)) is misses
 
 

@@ -6,13 +6,24 @@ In a process alone, which starts with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
-from dora_dynamics._kernels import LowRankUpdate, low_rank, triton_low_rank, triton_path
+from dora_dynamics._kernels import (
+    LowRankUpdate,
+    low_rank,
+    triton_gather,
+    triton_low_rank,
+    triton_low_rank_plan,
+    triton_path,
+)
 from dora_dynamics._kernels.sums import LARGEST, SMALLEST
 from tests.kernels.cases import DTYPES, LAYOUTS, assert_sums, changed, difficult
+from tests.kernels.test_gpu_paths import CANNOT_INTERPRET
 
 cuda: Any = torch.cuda
 cuda.device = contextlib.nullcontext
@@ -61,6 +72,28 @@ def counts() -> None:
     assert tables < 1000 + 4 * plan.total
 
 
+def gathered() -> None:
+    """Factors one after the other, exactly in float64, and in parts that add up to float32."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        factors = [
+            (torch.randn(shape, generator=generator) * 10.0**power).to(dtype)
+            for shape, power in (((3, 1000), 0), ((1, 5), 3), ((70, 30), -3))
+        ]
+        for some in (factors, [factors[0], factors[2].T, factors[1]]):
+            what = triton_gather.gathering(some)
+            exact = torch.zeros(what.size + 3, dtype=torch.float64)
+            parts = torch.zeros((3, what.size + 5), dtype=torch.bfloat16)
+            triton_gather.gather(what, exact, parts)
+            expected = torch.cat([factor.reshape(-1) for factor in some])
+            assert what.contiguous == (some is factors)
+            assert torch.equal(exact, torch.nn.functional.pad(expected.double(), (0, 3)))
+            assert torch.equal(parts.float().sum(0)[: what.size], expected.float())
+            error = (parts[0, : what.size].double() - expected.double()).abs()
+            assert bool((error <= 2**-7 * expected.double().abs()).all())
+            assert not parts[:, what.size :].any()
+
+
 def low_rank_changes() -> None:
     """e and c of LoRA's factors, in both layouts; bfloat16 products are not interpreted."""
     generator = torch.Generator().manual_seed(0)
@@ -74,13 +107,19 @@ def low_rank_changes() -> None:
             columns = LAYOUTS["columns"](w)
             updates.append(LowRankUpdate(columns, A.to(torch.bfloat16), B.T.T, 0.5))
     before = [(update.A.clone(), update.B.clone()) for update in updates]
-    assert triton_low_rank.pack(updates[:1]).data_ptr() != updates[0].A.data_ptr()
-    setattr(triton_low_rank, "_PACKED", 300 * 8)  # noqa: B010 - several launches
-    packings = count_calls(triton_low_rank, "pack")
-    sums, firsts = triton_low_rank.queue(updates)
-    assert len(packings) > 4
-    largest = max(sum(update.A.numel() for update in group) for (group,) in packings)
-    assert largest <= max(300 * 8, 128 * 16)
+    plan = triton_low_rank_plan.make_plan(updates, limit=300 * 8)
+    assert len(plan.portions) > len({triton_low_rank_plan.kind_of(u) for u in updates})
+    assert sum(sum(p.shapes.values()) for p in plan.portions) == len(updates)
+    assert max(portion.A.size for portion in plan.portions) <= max(300 * 8, 128 * 16)
+    sums, firsts = torch.empty((4, plan.total), dtype=torch.float64), plan.first_units
+    launches = count_calls(triton_low_rank, "launch")
+    triton_low_rank.run(plan, sums)
+    assert len(launches) == len(plan.portions)
+    assert torch.equal(triton_low_rank.queue(updates)[0][2].sort()[0], sums[2].sort()[0])
+    kept = triton_low_rank_plan.plan_of(updates)
+    assert triton_low_rank_plan.plan_of(list(updates)) is kept
+    assert len(kept.portions) == len({triton_low_rank_plan.kind_of(u) for u in updates})
+    assert triton_low_rank_plan.plan_of(updates[:3]) is not kept
     for update, (A, B) in zip(updates, before, strict=True):
         assert torch.equal(update.A, A)
         assert torch.equal(update.B, B)
@@ -138,8 +177,27 @@ def low_rank_changes_again() -> None:
     assert found_again >= 2 * 35 + 2 * 12 + 1, found_again
 
 
+def _add_one(numbers: tl.tensor, count: tl.tensor) -> None:
+    for i in tl.range(0, count, 1):
+        tl.store(numbers + i, tl.load(numbers + i) + 1.0)
+
+
+def can_interpret() -> bool:
+    """Whether this Triton runs with this numpy: some do not."""
+    numbers = torch.zeros(2)
+    add_one: Any = triton.jit(_add_one)
+    try:
+        add_one[(1,)](numbers, len(numbers))
+    except Exception:
+        return False
+    return numbers.tolist() == [1.0, 1.0]
+
+
 if __name__ == "__main__":
+    if not can_interpret():
+        sys.exit(CANNOT_INTERPRET)
     dense()
     counts()
+    gathered()
     low_rank_changes()
     low_rank_changes_again()

@@ -12,6 +12,9 @@ from dora_dynamics._kernels import LowRankUpdate, dense_sums_of_all, low_rank, l
 from dora_dynamics.decomposition import reduce_units, unit_change
 from tests.kernels.cases import DTYPES, LAYOUTS, assert_sums, changed, difficult
 
+CANNOT_INTERPRET = 77
+"""What `interpreted` ends with where Triton itself fails at adding two numbers."""
+
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -21,7 +24,11 @@ def test_interpreted() -> None:
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted"]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"})
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, check=False, cwd=root, env=environment)
+    if done.returncode == CANNOT_INTERPRET:
+        pytest.skip("this Triton does not interpret with this numpy")
+    assert done.returncode == 0
 
 
 @on_gpu
