@@ -36,6 +36,8 @@ ENVIRONMENTS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "oldest": ("3.11", ("torch==2.6.*", *OLDEST)),
     "newest": ("3.13", PACKAGES),
 }
+NEEDED: Final = ("attrs", "scikit-learn")
+"""What some of PEFT's methods import and PEFT does not ask for."""
 TESTS: Final = (
     "tests/robustness",
     "tests/effective",
@@ -101,7 +103,7 @@ def installed(folder: str, version: str, pins: tuple[str, ...]) -> bool:
     subprocess.run([str(pyenv[-1]) if pyenv else str(found), "-m", "venv", folder], check=True)
     python = str(Path(folder) / "bin" / "python")
     command = [python, "-m", "pip", "install", "--quiet", "-e", f"{ROOT}[hf,report]"]
-    install = [*command, *pins, "pytest>=8.3", "pytest-xdist", "hypothesis>=6.100", "attrs"]
+    install = [*command, *pins, "pytest>=8.3", "pytest-xdist", "hypothesis>=6.100", *NEEDED]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     print(done.stderr[-2000:], file=sys.stderr)
     return done.returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,9 @@ T = TypeVar("T")
 
 _PATIENCE: Final = timedelta(days=1)
 """How long a process waits for the others: a large weight from a slow disk takes its time."""
+_PAUSE: Final = 0.1
+"""Seconds in which gloo's threads let go of the last tensors, for which they need the interpreter:
+torch 2.6 holds it while it waits for them to end, and would wait for ever."""
 
 
 class LostProcessError(CheckpointError):
@@ -113,4 +117,5 @@ def started_processes() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count)
         dist.barrier()  # none takes its connections away while another still uses them
     finally:
+        time.sleep(_PAUSE)
         dist.destroy_process_group()

@@ -222,7 +222,7 @@ def _setting(name: str, **options: Any) -> Any:
 
 
 def _is_there(case: Case) -> bool:
-    """Whether this PEFT, which may be an older one, has what the case is about."""
+    """Whether this PEFT, which may be an older one, has what the case is about, and its needs."""
     if case.config is arrow:
         return hasattr(lora, "create_arrow_model")
     if case.config in (mixture, qalora):
@@ -235,7 +235,7 @@ def _is_there(case: Case) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             case.config(**case.options)
-    except TypeError:
+    except (TypeError, ImportError):
         return False
     return True
 
