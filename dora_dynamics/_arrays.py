@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
     from torch.distributed.tensor import DTensor
 
@@ -23,6 +25,13 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor; no tensor can be one before that module is imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def are_any_sharded(tensors: Iterable[object]) -> bool:
+    """Whether one of them is a DTensor; each class among them is asked once."""
+    module = sys.modules.get("torch.distributed.tensor")
+    kinds = set() if module is None else set(map(type, tensors))
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
 def library_of(array: Array) -> Any:

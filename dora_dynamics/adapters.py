@@ -280,17 +280,26 @@ def _apply(
 
 def adapter_of(module: nn.Module) -> LoRA | None:
     """The LoRA or DoRA that alone parametrizes the module's weight, or None."""
-    if not parametrize.is_parametrized(module, "weight"):
+    stack = _parametrizations_of_weight(module)
+    if stack is None or len(stack._modules) != 1:
         return None
-    stack = cast("nn.ModuleDict", module.parametrizations)["weight"]
-    only = cast("nn.ModuleList", stack)
-    return only[0] if len(only) == 1 and isinstance(only[0], LoRA) else None
+    (only,) = stack._modules.values()
+    return only if isinstance(only, LoRA) else None
 
 
 def pretrained_weight(module: nn.Module) -> nn.Parameter:
     """The frozen W_0 below the module's parametrization, stored as the module stores it."""
-    stack = cast("nn.ModuleDict", module.parametrizations)["weight"]
-    return cast("nn.Parameter", stack.original)
+    return cast("nn.Parameter", cast("nn.Module", _parametrizations_of_weight(module)).original)
+
+
+def _parametrizations_of_weight(module: nn.Module) -> nn.Module | None:
+    """Torch's list of what parametrizes a weight, taken from where modules keep it.
+
+    Attributes that are modules take torch some ten times as long to find, and this is asked for
+    each followed weight at each recorded step.
+    """
+    stacks = module._modules.get("parametrizations")
+    return stacks._modules.get("weight") if isinstance(stacks, nn.ModuleDict) else None
 
 
 def merge(model: nn.Module) -> nn.Module:

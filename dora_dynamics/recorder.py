@@ -353,9 +353,9 @@ class Recorder:
         if self.last_recorded == self.step:
             return
         self._watch.look_again()
-        if self._baseline.is_sharded:
-            expose(self._model)
-        self._recording.record(self.step, self._watch.total_decay, spare=spare)
+        with self._baseline.at_one_moment():
+            self._baseline.expose(self._model)
+            self._recording.record(self.step, self._watch.total_decay, spare=spare)
 
     def _before_step(self) -> None:
         with self._sparing_training("baseline", "W_0 is lost, and nothing more is recorded"):

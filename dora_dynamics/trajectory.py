@@ -25,6 +25,7 @@ What becomes of unusual weights:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import pandas as pd
@@ -92,6 +93,7 @@ COLUMNS: Final[tuple[Column, ...]] = (
 )
 
 COLUMN_NAMES: Final[tuple[str, ...]] = tuple(column.name for column in COLUMNS)
+_in_order: Final = itemgetter(*COLUMN_NAMES)
 
 
 class TrajectoryError(InputError):
@@ -134,7 +136,7 @@ def trajectory_row(
         "head": head,
         "total_decay": total_decay,
     }
-    return {name: values[name] for name in COLUMN_NAMES}
+    return dict(zip(COLUMN_NAMES, _in_order(values), strict=True))
 
 
 def to_table(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:

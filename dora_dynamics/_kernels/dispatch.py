@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dora_dynamics._kernels import threads
-from dora_dynamics._kernels.sums import UnitSums, exact_tensors, from_array
+from dora_dynamics._kernels.sums import UnitSums, constant, exact_tensors, from_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ def dense_sums_of_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[UnitSums]:
     with torch.no_grad():
         for device in dict.fromkeys(before.device for before, _ in pairs):
             here = [i for i, (before, _) in enumerate(pairs) if before.device == device]
-            weights = [(pairs[i][0].detach(), pairs[i][1].detach()) for i in here]
+            weights = [(constant(pairs[i][0]), constant(pairs[i][1])) for i in here]
             sums.update(zip(here, _sums_on(device, weights), strict=True))
     return [sums[i] for i in range(len(pairs))]
 

@@ -12,7 +12,7 @@ import torch
 
 from dora_dynamics._kernels import low_rank
 from dora_dynamics._kernels.dispatch import dense_sums_of_all
-from dora_dynamics._kernels.sums import UnitSums, exact_tensors, to_host
+from dora_dynamics._kernels.sums import UnitSums, constant, exact_tensors, to_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ def queue_dense_sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[QueuedSums]
     queued = []
     for device in dict.fromkeys(before.device for before, _ in pairs):
         here = [i for i, (before, _) in enumerate(pairs) if before.device == device]
-        weights = [(pairs[i][0].detach(), pairs[i][1].detach()) for i in here]
+        weights = [(constant(pairs[i][0]), constant(pairs[i][1])) for i in here]
         units = [before.shape[0] for before, _ in weights]
         found: NDArray[np.float64] | Tensor
         with torch.no_grad():

@@ -155,6 +155,11 @@ def aligned(weight: Tensor) -> Tensor:
     return weight if weight.data_ptr() % weight.element_size() == 0 else weight.clone()
 
 
+def constant(weight: Tensor) -> Tensor:
+    """The weight, detached where it is not yet."""
+    return weight.detach() if weight.requires_grad else weight
+
+
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Numerator / denominator, and 0 where the denominator is 0 (a unit with no direction)."""
     return torch.where(denominator == 0, 0.0, numerator / denominator)

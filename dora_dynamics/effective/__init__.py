@@ -8,7 +8,9 @@ from dora_dynamics.effective.quantized import dequantized as dequantized
 from dora_dynamics.effective.quantized import is_quantized as is_quantized
 from dora_dynamics.effective.quantized import quantization_of as quantization_of
 from dora_dynamics.effective.quantized import register_dequantizer as register_dequantizer
+from dora_dynamics.effective.reading import at_a_glance as at_a_glance
 from dora_dynamics.effective.reading import base_weight as base_weight
+from dora_dynamics.effective.reading import by_factors as by_factors
 from dora_dynamics.effective.reading import dense_weight as dense_weight
 from dora_dynamics.effective.reading import effective_weight as effective_weight
 from dora_dynamics.effective.reading import is_merged as is_merged

@@ -6,6 +6,7 @@ PEFT itself is never imported: no layer of it can be around unless someone else 
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch import nn
@@ -54,7 +55,7 @@ _ATTENTION_OUTPUT: Final = "out_proj"
 def resolved(module: nn.Module) -> nn.Module:
     """The module that acts now: PEFT's wrappers around trained copies and tokens looked through."""
     for _ in range(16):
-        if not _is_peft(module, "utils.other"):
+        if not _is_wrapper(module):
             return module
         if hasattr(module, "token_adapter"):
             module = cast("nn.Module", module.token_adapter)
@@ -74,7 +75,7 @@ def original(module: nn.Module) -> nn.Module:
     That is below PEFT's copies and tokens, and below each `base_layer`, as PEFT's layers and many
     others call the layer that they adapt.
     """
-    if _is_peft(module, "utils.other"):
+    if _is_wrapper(module):
         module = cast("nn.Module", module.original_module)
     while isinstance(below := getattr(module, "base_layer", None), nn.Module):
         module = below
@@ -237,13 +238,20 @@ def package_of(module: nn.Module) -> str:
     return next((p for cls in type(module).__mro__ if (p := _package_of_class(cls))), "")
 
 
-def _package_of_class(cls: type) -> str:
+@lru_cache(maxsize=1024)
+def _package_of_class(cls: Any) -> str:
     parts = cls.__module__.split(".")
     return parts[2] if parts[:2] == ["peft", "tuners"] and len(parts) > 3 else ""
 
 
-def _is_peft(module: nn.Module, where: str) -> bool:
-    return any(cls.__module__ == f"peft.{where}" for cls in type(module).__mro__)
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether it is one of PEFT's wrappers around trained copies and tokens."""
+    return "peft" in sys.modules and _is_wrapper_class(type(module))
+
+
+@lru_cache(maxsize=1024)
+def _is_wrapper_class(kind: Any) -> bool:
+    return any(cls.__module__ == "peft.utils.other" for cls in kind.__mro__)
 
 
 def _refuse(method: str, reason: str) -> None:

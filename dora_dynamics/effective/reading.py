@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
+from dora_dynamics.adapters import DoRA, LoRA, adapter_of, pretrained_weight
 from dora_dynamics.effective import peft_layers
 from dora_dynamics.effective.factors import built
 from dora_dynamics.effective.peft_weights import tuner_weight
@@ -92,26 +92,24 @@ def read_effective(module: nn.Module, parameter: str, *, probe: bool) -> Effecti
     Raises:
         NoDenseWeightError: there is no dense weight, and that is known without a check.
     """
-    plain = _of_torch(module, parameter)
-    if plain is not None:
-        return Dense(plain.detach())
+    known = at_a_glance(module, parameter)
+    if known is not None:
+        return by_factors(known) if isinstance(known, LoRA) else Dense(known.detach())
     module = peft_layers.resolved(module)
     if parameter == "weight" and registered_function(module) is None:
         if peft_layers.is_tuner_layer(module):
             return tuner_weight(module, parameter, probe=probe)
         adapter = adapter_of(module)
         if adapter is not None:
-            magnitude = adapter.magnitude.detach() if isinstance(adapter, DoRA) else None
-            A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
-            return LowRank(A, B, adapter.scaling, magnitude)
+            return by_factors(adapter)
     return read_dense(module, parameter, probe=probe)
 
 
 def read_dense(module: nn.Module, parameter: str, *, probe: bool) -> Dense:
     """As `read_effective`, in full."""
-    plain = _of_torch(module, parameter)
-    if plain is not None:
-        return Dense(plain.detach())
+    known = at_a_glance(module, parameter)
+    if known is not None and not isinstance(known, LoRA):
+        return Dense(known.detach())
     module = peft_layers.resolved(module)
     function = registered_function(module)
     if function is not None and parameter == "weight":
@@ -140,9 +138,9 @@ def stored_parameter(module: nn.Module, parameter: str = "weight") -> Tensor | N
     model, and what it computes is W_0), in a quantised layer, below an adapter that is merged, in
     a module of a user's own.
     """
-    plain = _of_torch(module, parameter)
-    if plain is not None:
-        return plain
+    known = at_a_glance(module, parameter)
+    if known is not None:
+        return pretrained_weight(module) if isinstance(known, LoRA) else known
     base = peft_layers.original(module)
     if registered_function(base) is not None:
         return None
@@ -192,9 +190,11 @@ def magnitude_parameter(module: nn.Module, parameter: str = "weight") -> Tensor 
 
     None where that is not known.
     """
-    plain = _of_torch(module, parameter)
-    if plain is not None:
-        return plain
+    known = at_a_glance(module, parameter)
+    if isinstance(known, DoRA):
+        return _parameter(known, "magnitude")
+    if known is not None:
+        return pretrained_weight(module) if isinstance(known, LoRA) else known
     module = peft_layers.resolved(module)
     is_adapted = peft_layers.is_tuner_layer(module) and parameter != "bias"
     if is_adapted and not peft_layers.adds_to_base(module):
@@ -243,21 +243,42 @@ def _parametrized(module: nn.Module, parameter: str) -> Tensor:
             part.training = mode
 
 
-def _of_torch(module: nn.Module, parameter: str) -> nn.Parameter | None:
-    """The weight of one of torch's own layers as torch makes them, None of all else.
+def at_a_glance(module: nn.Module, parameter: str) -> nn.Parameter | LoRA | None:
+    """The weight of one of torch's own layers, or its adapter of this package; None of all else.
 
-    Asked first, because it is most that is ever read, several times a recorded step: torch's very
-    class, with its weight and bias and nothing beside them, and no function registered for it.
+    Asked first, because it is most that is ever read: torch's very class as torch makes it, with
+    its weight and bias and nothing beside them, or parametrized by a LoRA or DoRA alone; with no
+    wrapper around it and no function registered for it.
     """
-    if type(module) not in _KNOWN or parameter != "weight" or module._buffers or module._modules:
+    kind = type(module)
+    if parameter != "weight":
         return None
-    weight = module._parameters.get("weight")
-    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
-        return None
-    if weight.is_quantized or not module._parameters.keys() <= _OWN:
-        return None
-    is_registered = has_dequantizer(module) or registered_function(module) is not None
-    return None if is_registered else weight
+    if kind in _KNOWN:
+        weight = module._parameters.get("weight")
+        if type(weight) is not nn.Parameter or module._buffers or module._modules:
+            return None
+        if type(weight.data) is not torch.Tensor or weight.is_quantized:
+            return None
+        if not module._parameters.keys() <= _OWN or has_dequantizer(module):
+            return None
+        return weight if registered_function(module) is None else None
+    if kind.__base__ in _KNOWN and "base_layer" not in module._modules:
+        adapter = adapter_of(module)
+        return adapter if adapter is None or registered_function(module) is None else None
+    return None
+
+
+def by_factors(adapter: LoRA) -> LowRank:
+    """The weight that an adapter of this package gives, detached."""
+    magnitude = _parameter(adapter, "magnitude").detach() if isinstance(adapter, DoRA) else None
+    A, B = _parameter(adapter, "lora_A").detach(), _parameter(adapter, "lora_B").detach()
+    return LowRank(A, B, adapter.scaling, magnitude)
+
+
+def _parameter(adapter: LoRA, name: str) -> Tensor:
+    """A parameter of an adapter, looked for first where modules keep theirs: that is faster."""
+    found = adapter._parameters.get(name)
+    return cast("Tensor", getattr(adapter, name)) if found is None else found
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -9,31 +9,44 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Literal, get_args
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import torch
 
-from dora_dynamics._arrays import is_sharded
-from dora_dynamics.effective import Dense, EffectiveWeight, NoDenseWeightError, version_of
+from dora_dynamics._arrays import are_any_sharded, is_sharded
+from dora_dynamics.adapters import LoRA
+from dora_dynamics.effective import (
+    Dense,
+    EffectiveWeight,
+    NoDenseWeightError,
+    by_factors,
+    version_of,
+)
 from dora_dynamics.effective.peft_layers import refuse_model
 from dora_dynamics.errors import InputError
 from dora_dynamics.recording.baseline_source import BaselineError, given_weights, refuse_rewritten
+from dora_dynamics.recording.optimizers import are_frozen
 from dora_dynamics.sharded import Adapted, ShardingError
+from dora_dynamics.sharded.models import expose
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
 
     from dora_dynamics.recording.baseline_source import CapturedBaseline
-    from dora_dynamics.recording.followed import Followed
+    from dora_dynamics.recording.followed import Followed, Seen
     from dora_dynamics.runs.directory import StrPath
     from dora_dynamics.sites import Site
 
 
 Place = Literal["device", "host", "file"]
 """Where W_0 waits between measurements; see `Recorder`."""
+
+_TORCHS_OWN: Final = (torch.Tensor, torch.nn.Parameter)
 
 
 class Baselines:
@@ -76,6 +89,7 @@ class Baselines:
         self._versions: dict[str, int] = {}
         self._shared: set[str] = set()
         self._probed: set[str] = set()
+        self._seen: dict[str, Seen] | None = None
         self._quantized = {n: k for n, where in followed.items() if (k := where.quantization())}
         if source is None:
             refuse_rewritten(model, followed)
@@ -121,8 +135,7 @@ class Baselines:
     @property
     def is_sharded(self) -> bool:
         """Whether several processes hold a followed weight together, each a part of it."""
-        stored = (where.stored() for where in self._followed.values())
-        return any(map(is_sharded, self.weights.values())) or any(map(is_sharded, stored))
+        return are_any_sharded(self.weights.values()) or are_any_sharded(self._all_stored())
 
     def _settle_sharded(self, sharded: Mapping[str, DTensor]) -> None:
         """Shard W_0 as the live weights are; every process is here."""
@@ -155,11 +168,40 @@ class Baselines:
 
     def before_step(self) -> None:
         """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
+        if are_frozen(list(map(self.weights.__getitem__, self._shared))):
+            return
         for name in list(self._shared):
             weight = self.weights[name]
             if not _is_frozen(weight):
                 self.weights[name] = self._taken(weight)
                 self._shared.discard(name)
+
+    @contextmanager
+    def at_one_moment(self) -> Iterator[None]:
+        """Look each live weight up once while this lasts, in which nobody changes the model."""
+        self._seen = {}
+        try:
+            yield
+        finally:
+            self._seen = None
+
+    def expose(self, model: nn.Module) -> None:
+        """Where weights are sharded, see to it that the model's parameters are these shards."""
+        if self.is_sharded:
+            expose(model)
+            if self._seen is not None:
+                self._seen.clear()
+
+    def _look(self, name: str) -> Seen:
+        seen = self._seen
+        if seen is None:
+            return self._followed[name].seen()
+        if name not in seen:
+            seen[name] = self._followed[name].seen()
+        return seen[name]
+
+    def _all_stored(self) -> list[Tensor | None]:
+        return [stored for stored, _ in map(self._look, self._followed)]
 
     def pair(self, name: str) -> tuple[Tensor, EffectiveWeight | Adapted]:
         """W_0 and the effective weight of a tensor at this moment, fit to be compared.
@@ -173,14 +215,19 @@ class Baselines:
         where, weight = self._followed[name], self.weights[name]
         if name in self._shared:
             self._check_unchanged(name)
+        stored, known = self._look(name)
+        if known is not None and known is stored and _are_alike(weight, stored):
+            return weight, Dense(stored.detach())
         is_base = name in self._shared or (name in self._quantized and not self._given)
         if is_sharded(weight):
             return weight, self._sharded_weight(name, is_base=is_base)
+        if is_base and isinstance(known, LoRA):
+            return weight, by_factors(known)
         probe = name in self._probed
         effective = where.effective(probe=probe) if is_base else where.effective_dense(probe=probe)
         if not isinstance(effective, Dense):
             return weight, effective
-        now, stored = effective.weight, where.stored()
+        now = effective.weight
         if is_sharded(now):
             raise ShardingError(
                 f"{name} was whole when its baseline was taken and is sharded now: make the "
@@ -206,7 +253,7 @@ class Baselines:
         """Bytes of what `pair` returned that are in memory only to be measured."""
         size = 0 if weight is self.weights[name] else weight.nbytes
         if isinstance(effective, Dense):
-            stored = self._followed[name].stored()
+            stored, _ = self._look(name)
             if stored is None or stored.dtype != effective.weight.dtype:  # not the module's own
                 size += effective.weight.nbytes
         return size
@@ -219,16 +266,14 @@ class Baselines:
     @property
     def device_types(self) -> set[str]:
         """Where weights are measured: "cuda", "cpu" and so on."""
-        return {self._device_of(name).type for name in self._followed} - {"meta"}
-
-    def _device_of(self, name: str) -> torch.device:
-        stored = self._followed[name].stored()
-        return self.weights[name].device if stored is None else stored.device
+        stored = zip(self._followed, self._all_stored(), strict=True)
+        living = [self.weights[name] if found is None else found for name, found in stored]
+        return {device.type for device in set(map(attrgetter("device"), living))} - {"meta"}
 
     def _sharded_weight(self, name: str, *, is_base: bool) -> EffectiveWeight | Adapted:
         """The effective weight of a sharded tensor, by an adapter's factors where it has one."""
         where = self._followed[name]
-        stored = where.stored()
+        stored, _ = self._look(name)
         try:
             effective = where.effective()
         except NoDenseWeightError as error:
@@ -286,16 +331,18 @@ class Baselines:
             self.weights[name] = stored
 
     def _check_unchanged(self, name: str) -> None:
-        if self._followed[name].is_merged():
+        stored, at_a_glance = self._look(name)
+        if at_a_glance is None and self._followed[name].is_merged():
             raise BaselineError(
                 f"the adapter of {name} has been merged into its base weight, which was W_0: "
                 "unmerge it before a recorded step, or make the recorder with "
                 "baseline=dora_dynamics.capture_baseline(model, targets)."
             )
         weight = self.weights[name]
-        if self._followed[name].stored() is not weight:
+        known = self._versions[name]
+        if stored is not weight:
             self._shared.discard(name)  # it has a new weight, and the old one is still W_0
-        elif version_of(self._followed[name].module, weight) != self._versions[name]:
+        elif weight._version != known != version_of(self._followed[name].module, weight):
             warnings.warn(
                 f"the frozen weight of {name} was changed in place after the recorder "
                 "was made; make the recorder after the weights are loaded.",
@@ -340,6 +387,16 @@ def _in_host_memory(weight: Tensor, device: torch.device) -> Tensor:
         return weight
     copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=pin)
     return copy.copy_(weight)
+
+
+def _are_alike(weight: Tensor, stored: Tensor) -> bool:
+    """Whether two weights can be compared as they are; both are torch's own kind of tensor."""
+    return (
+        type(weight) in _TORCHS_OWN
+        and weight.dtype == stored.dtype
+        and weight.shape == stored.shape
+        and weight.device == stored.device
+    )
 
 
 def _is_frozen(parameter: Tensor) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dora_dynamics.adapters import LoRA
 from dora_dynamics.effective import (
     Dense,
     EffectiveWeight,
     acting_layer,
+    at_a_glance,
     base_weight,
     dense_weight,
     is_merged,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
     from dora_dynamics.sites import Site
 
+    Seen = tuple[Tensor | None, nn.Parameter | LoRA | None]
+
 
 @dataclass(frozen=True)
 class Followed:
@@ -40,6 +44,13 @@ class Followed:
     def stored(self) -> Tensor | None:
         """W_0 as the module holds it, None where it holds what computes it; not detached."""
         return stored_parameter(self.module, self.parameter)
+
+    def seen(self) -> Seen:
+        """What `stored` returns, and what is seen of the tensor at a glance."""
+        known = at_a_glance(self.module, self.parameter)
+        if known is None or isinstance(known, LoRA):
+            return self.stored(), known
+        return known, known
 
     def base(self) -> Tensor:
         """What lies below any adapter at this moment, decoded where it is quantised; detached."""

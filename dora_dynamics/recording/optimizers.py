@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+import operator
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
+REQUIRES_GRAD: Final = operator.attrgetter("requires_grad")
+GRADIENT: Final = operator.attrgetter("grad")
 _DECOUPLED: Final = frozenset({"AdamW"})
 
 
-class StepDecay:
-    """lr · weight_decay of the step that an optimizer has just made, for each parameter."""
+def decays(optimizer: Optimizer) -> bool:
+    """Whether a step of the optimizer decays any parameter."""
+    return any(_decays(group) and group["params"] for group in optimizer.param_groups)
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        """Read the optimizer's parameter groups as they are now."""
-        is_decoupled = type(optimizer).__name__ in _DECOUPLED
-        self._share_of: dict[int, float] = {}
-        for group in optimizer.param_groups:
-            if group.get("weight_decay", 0.0) != 0:
-                known = is_decoupled or group.get("decoupled_weight_decay", False)
-                share = float(group["lr"]) * float(group["weight_decay"]) if known else math.nan
-                self._share_of.update((id(parameter), share) for parameter in group["params"])
 
-    def of(self, parameter: Tensor | None) -> float:
-        """What the step takes off this parameter, relative to it.
+def share_of(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+    """What the step that an optimizer has just made takes off a group of its parameters.
 
-        Zero where nothing decays it. NaN where decay is not decoupled from the gradient, or where
-        the parameter is not known (None) and the optimizer decays anything.
-        """
-        if parameter is None:
-            return math.nan if self._share_of else 0.0
-        share = self._share_of.get(id(parameter))
-        return 0.0 if share is None or parameter.grad is None else share
+    That is lr · weight_decay, of each that has a gradient and relative to it. NaN where decay is
+    not decoupled from the gradient.
+    """
+    if not _decays(group):
+        return 0.0
+    is_decoupled = type(optimizer).__name__ in _DECOUPLED
+    known = is_decoupled or group.get("decoupled_weight_decay", False)
+    return float(group["lr"]) * float(group["weight_decay"]) if known else math.nan
+
+
+def _decays(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("weight_decay", 0.0) != 0)
+
+
+def are_frozen(parameters: Sequence[Tensor]) -> bool:
+    """Whether no optimizer will change any: they step over parameters without a gradient.
+
+    Loops that run in C: this is asked at every step of the training.
+    """
+    return not any(map(REQUIRES_GRAD, parameters)) and has_no_gradient(parameters)
+
+
+def has_no_gradient(parameters: Sequence[Tensor]) -> bool:
+    """Whether an optimizer's step passes over all of these."""
+    return not any(map(operator.is_not, map(GRADIENT, parameters), repeat(None)))
 
 
 def settings(optimizers: Sequence[Optimizer]) -> dict[str, object]:

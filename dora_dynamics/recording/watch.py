@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_dynamics.recording.followed import MagnitudeParameters
-from dora_dynamics.recording.optimizers import StepDecay, trains_any, was_skipped
+from dora_dynamics.recording.decay import TotalDecay
+from dora_dynamics.recording.optimizers import trains_any, was_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,30 +24,36 @@ class Watch:
     """What a recorder sees of the optimizers: when they step, and how much weight decay they do.
 
     It holds no reference to the recorder; the optimizers do, while they are watched.
-
-    Attributes:
-        total_decay: Λ of every followed tensor up to now; NaN where it is not known.
     """
 
     def __init__(self, followed: Mapping[str, Followed]) -> None:
         """Watch no optimizer yet; the tensors live where `followed` says."""
-        self.total_decay = dict.fromkeys(followed, 0.0)
         self._hooks: list[RemovableHandle] = []
-        self.follow(followed)
+        self._followed = followed
+        self.total_decay = dict.fromkeys(followed, 0.0)
 
     @property
     def is_on(self) -> bool:
         """Whether an optimizer is being watched."""
         return bool(self._hooks)
 
+    @property
+    def total_decay(self) -> dict[str, float]:
+        """Λ of every followed tensor up to now; NaN where it is not known."""
+        return self._decay.totals()
+
+    @total_decay.setter
+    def total_decay(self, totals: Mapping[str, float]) -> None:
+        self._decay = TotalDecay(totals, self._followed)
+
     def follow(self, followed: Mapping[str, Followed]) -> None:
         """Look for the tensors where they live now."""
         self._followed = followed
-        self._magnitudes = MagnitudeParameters(followed)
+        self.total_decay = self.total_decay
 
     def look_again(self) -> None:
         """Look up anew which parameters carry the magnitudes, at the next step."""
-        self._magnitudes.forget()
+        self._decay.look_again()
 
     def check_trains(self, optimizers: Sequence[Optimizer], stacklevel: int) -> None:
         """Warn where these optimizers train no parameter of the followed weights."""
@@ -93,6 +99,7 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._decay.let_go()
 
     def add_decay(self, optimizer: Optimizer) -> None:
         """Add the weight decay of the step that an optimizer has just made to Λ.
@@ -101,13 +108,10 @@ class Watch:
             Exception: what a foreign optimizer or module raises; Λ is not known from then on.
         """
         try:
-            decay = StepDecay(optimizer)
-            added = {name: decay.of(self._magnitudes.of(name)) for name in self._followed}
+            self._decay.add(optimizer)
         except Exception:
             self.forget_decay()
             raise
-        for name, share in added.items():
-            self.total_decay[name] += share
 
     def forget_decay(self) -> None:
         """Λ is not known from here on."""

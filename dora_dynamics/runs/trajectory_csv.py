@@ -11,6 +11,8 @@ import csv
 import io
 import math
 import re
+from functools import lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import pandas as pd
@@ -31,7 +33,8 @@ _AT_A_TIME: Final = 20_000
 _LARGEST_INTEGER: Final = 2**53
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf|nan", re.ASCII)
 _FORMULA: Final = re.compile(r"'*[=+\-@\t\r]")
-_TEXT: Final = frozenset(column.name for column in COLUMNS if column.kind == "text")
+_IS_TEXT: Final = tuple(column.kind == "text" for column in COLUMNS)
+_in_order: Final = itemgetter(*COLUMN_NAMES)
 
 _NEVER_NEGATIVE: Final = frozenset(
     {
@@ -70,7 +73,7 @@ def formatted(rows: Iterable[Mapping[str, object]]) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for row in rows:
-        writer.writerow([_cell(row[name], name in _TEXT) for name in COLUMN_NAMES])
+        writer.writerow([_cell(*field) for field in zip(_in_order(row), _IS_TEXT, strict=True)])
     return buffer.getvalue().encode()
 
 
@@ -187,10 +190,16 @@ def _converters(names: list[str]) -> list[Callable[[str], object]]:
 
 
 def _cell(value: object, is_text: bool) -> object:
-    """A value as it stands in the file."""
+    """A value as it stands in the file; what is a float of Python's own, csv writes in full."""
+    if type(value) is float and not is_text:
+        return value if value == value else ""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
     if is_text:
-        text = str(value)
-        return f"'{text}" if _FORMULA.match(text) else text
+        return _text_cell(str(value))
     return repr(float(value)) if isinstance(value, float) else value
+
+
+@lru_cache(maxsize=4096)
+def _text_cell(text: str) -> str:
+    return f"'{text}" if _FORMULA.match(text) else text

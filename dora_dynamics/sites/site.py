@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Site:
             object.__setattr__(self, "rows", ranges)
         object.__setattr__(self, "also_known_as", tuple(self.also_known_as))
 
-    @property
+    @cached_property
     def tensor(self) -> str:
         """Name of the whole tensor: the same for all experts, parts and heads of one tensor."""
         return self.name.partition("[")[0]
