@@ -166,7 +166,7 @@ def refuse_layer(layer: nn.Module) -> None:
             if package in REFUSED:
                 _refuse(_NAMES.get(package, package), REFUSED[package])
         acts_for = getattr(part.__dict__.get("forward"), "__self__", None)
-        if acts_for is not None and _package_of_class(type(acts_for)) == "xlora":
+        if acts_for is not None and package_of(acts_for) == "xlora":
             _refuse("X-LoRA", REFUSED["xlora"])
         variants = getattr(part, "lora_variant", {})
         for adapter in active_adapters(part):
@@ -246,7 +246,8 @@ def _package_of_class(cls: Any) -> str:
 
 def _is_wrapper(module: nn.Module) -> bool:
     """Whether it is one of PEFT's wrappers around trained copies and tokens."""
-    return "peft" in sys.modules and _is_wrapper_class(type(module))
+    kind: Any = type(module)
+    return "peft" in sys.modules and _is_wrapper_class(kind)
 
 
 @lru_cache(maxsize=1024)

@@ -201,7 +201,10 @@ class Baselines:
         return seen[name]
 
     def _all_stored(self) -> list[Tensor | None]:
-        return [stored for stored, _ in map(self._look, self._followed)]
+        seen = self._seen or {}
+        if len(seen) == len(self._followed):
+            return [seen[name][0] for name in self._followed]
+        return [self._look(name)[0] for name in self._followed]
 
     def pair(self, name: str) -> tuple[Tensor, EffectiveWeight | Adapted]:
         """W_0 and the effective weight of a tensor at this moment, fit to be compared.

@@ -73,7 +73,12 @@ def formatted(rows: Iterable[Mapping[str, object]]) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for row in rows:
-        writer.writerow([_cell(*field) for field in zip(_in_order(row), _IS_TEXT, strict=True)])
+        writer.writerow(
+            [
+                value if type(value) is float and value == value else _cell(value, is_text)
+                for value, is_text in zip(_in_order(row), _IS_TEXT, strict=True)
+            ]
+        )
     return buffer.getvalue().encode()
 
 
@@ -190,9 +195,7 @@ def _converters(names: list[str]) -> list[Callable[[str], object]]:
 
 
 def _cell(value: object, is_text: bool) -> object:
-    """A value as it stands in the file; what is a float of Python's own, csv writes in full."""
-    if type(value) is float and not is_text:
-        return value if value == value else ""
+    """A value as it stands in the file, but for Python's own numbers: csv writes them in full."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
     if is_text:

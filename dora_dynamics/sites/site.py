@@ -127,4 +127,10 @@ class Site:
 
     def oriented(self, weight: Tensor) -> Tensor:
         """The site's own part of a weight as its module stores it, in the orientation (out, in)."""
-        return self.select(self.matrix(weight))
+        return weight if self._is_as_stored else self.select(self.matrix(weight))
+
+    @cached_property
+    def _is_as_stored(self) -> bool:
+        """Whether the site is all of its tensor, which lies as it is read."""
+        is_matrix = self.kind in ("matrix", "embedding") and not self.stored_transposed
+        return is_matrix and self.rows is None and self.expert is None

@@ -70,7 +70,7 @@ class Training:
         layer: Any = self.rng.choice([self.layers[f"query_{i}"] for i in range(5)])
         group = self.rng.choice(self.rng.choice(self.optimizers).param_groups)
         known = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
-        kind = self.rng.randrange(9)
+        kind = self.rng.randrange(8)
         if kind == 0:
             layer.weight.grad = None
         elif kind == 1:
@@ -79,8 +79,11 @@ class Training:
             layer.requires_grad_(not layer.weight.requires_grad)
             layer.weight.grad = None
         elif kind == 3:
+            layer.weight.requires_grad_(True)  # what a frozen one is replaced by, is not seen
             layer.weight.grad = None
             layer.weight = nn.Parameter(layer.weight.detach().clone())
+            if self.rng.random() < 0.7:
+                self.rng.choice(self.optimizers).add_param_group({"params": [layer.weight]})
             self.set_gradients()
         elif kind == 4 and not any(layer.weight is other for other in known):
             group_options = {"params": [layer.weight], "weight_decay": self.rng.choice([0.0, 0.7])}
@@ -89,7 +92,7 @@ class Training:
             group["weight_decay"] = self.rng.choice([0.0, 0.05, 0.2])
         elif kind == 6 and group["params"]:
             group["params"].pop(self.rng.randrange(len(group["params"])))
-        elif kind == 7 and layer.weight.requires_grad:
+        elif kind == 7:  # also of one that is frozen: what is left of the steps before
             layer.weight.grad = torch.zeros_like(layer.weight)
 
 
@@ -146,3 +149,19 @@ def test_what_was_lost_stays_lost_and_is_not_looked_for() -> None:
     watch.total_decay = {"query": 0.125}  # as a checkpoint knows it
     watch.add_decay(optimizer)
     assert watch.total_decay == {"query": 0.375}
+
+
+def test_a_frozen_weight_that_trains_is_looked_for_again() -> None:
+    layer = nn.Linear(3, 2)
+    before = layer.weight.requires_grad_(False)
+    watch = Watch({"query": Followed(layer, "weight")})
+    other = nn.Parameter(torch.zeros(2, 3))
+    other.grad = torch.zeros(2, 3)
+    optimizer = torch.optim.AdamW([other], lr=0.5, weight_decay=0.5)
+    for _ in range(2):
+        watch.add_decay(optimizer)
+    assert watch.total_decay == {"query": 0.0}
+    before.requires_grad_(True)
+    layer.weight = other
+    watch.add_decay(optimizer)
+    assert watch.total_decay == {"query": 0.25}
