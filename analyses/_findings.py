@@ -22,6 +22,14 @@ LEVELS: Final[dict[Level, str]] = {
     "units": "across units",
 }
 
+RUNS: Final = {
+    "reproduction_minilm": "MiniLM",
+    "reproduction_minilm_no_decay": "MiniLM, no decay",
+    "reproduction_bart": "our BART",
+    "reproduction_bart_no_decay": "our BART, no decay",
+}
+"""What `reproduce` was run on, in words, by the name of its results."""
+
 
 def table(name: str) -> Any:
     """A table of results."""
@@ -32,6 +40,11 @@ def about(name: str) -> dict[str, Any]:
     """What is known of how results came about."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def there(*names: str) -> tuple[str, ...]:
+    """Those of the names of which there are results."""
+    return tuple(name for name in names if (RESULTS / f"{name}.json").exists())
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -90,6 +103,7 @@ def reproduced() -> str:
             f"turns {apart:,.{0 if apart > 10 else 1}f} times as far as that of its encoder"
             + (": over both stacks r is that of two clouds." if not 0.2 < apart < 5 else ".")
             + (f" {cut} of its {cut + len(bart['jobs'])} runs were cut off and are left out." if cut else "")
+            + _without_decay()
             + f" MiniLM's held-out score: before {about('reproduction_minilm')['before']['retrieval']:.3f}, "
             f"then {means}.",
         ]
@@ -108,6 +122,22 @@ def _signs(found: Any, role: str) -> str:
         else f"{row['verdict']}: {with_interval(row)}"
         for row in rows
     )
+
+
+def _without_decay() -> str:
+    """What is left across units on each starting point."""
+    names = there("reproduction_minilm_no_decay", "reproduction_bart_no_decay")
+    parts = []
+    for name in names:
+        found = table(name)
+        found = found[(found["level"] == "units") & ~found["signed"]]
+        told = (
+            f"{method} {with_interval(one(found, role='query', method=method))} and "
+            f"{with_interval(one(found, role='value', method=method))}"
+            for method in ("FT", "DoRA")
+        )
+        parts.append(f"on {RUNS[name].split(',')[0]} {', '.join(told)}")
+    return f" Without decay r across units (query and value) is {'; '.join(parts)}."
 
 
 def _blind(pre: dict[str, Any]) -> str:
@@ -385,12 +415,18 @@ def _ranks_without_decay() -> str:
 def merged() -> str:
     """What merging changes and costs."""
     found = table("merge")
-    worst = found.groupby("dtype", sort=False)["merged_from_adapted"].max()
+    by_peft = found["method"].str.endswith("PEFT")
+    ours, theirs = found[~by_peft], found[found["method"] == "DoRA, PEFT"]
+    worst = ours.groupby("dtype", sort=False)["merged_from_adapted"].max()
     differ = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
     said = f"differ by at most {differ}"
     if worst.max() == 0:
         said = f"are equal to the last bit in {', '.join(map(str, worst.index))}"
-    rows = found.drop_duplicates("method").set_index("method")
+    rounded = ", ".join(
+        f"{row['dtype']} {row['merged_from_adapted']:.1e} (ε {row['epsilon']:.1e})"
+        for row in theirs.to_dict("records")
+    )
+    rows = ours.drop_duplicates("method").set_index("method")
     times = ", ".join(
         f"{method} {rows.loc[method, 'merged_latency']:.2f} "
         f"(quartiles {rows.loc[method, 'merged_latency_low']:.2f} to "
@@ -398,9 +434,10 @@ def merged() -> str:
         for method in ("LoRA", "DoRA")
     )
     return (
-        f"The outputs of merged and adapted models {said} (the adapted module's weight is W' itself); "
-        "modules and classes are those of the original model. Latency over that of the original "
-        f"model: {times}."
+        f"The outputs of merged and adapted models {said}: the adapted module's weight is W' itself. "
+        f"PEFT's DoRA, which computes the update apart, differs once merged by at most {rounded}. "
+        "Modules and classes of the merged model are those of the original one, so that it costs "
+        f"nothing more. Latency over that of the original model: {times}."
     )
 
 

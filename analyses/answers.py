@@ -62,9 +62,17 @@ ENTRIES: Final = (
         "on a line; FT's and DoRA's fall for value, and scatter for query.",
         "python -m analyses.reproduce --seeds 5 --steps 1500 --batch-size 128 --held-out 1000 "
         "--data pairs.jsonl --name reproduction_minilm",
-        ("reproduction_minilm", "reproduction_minilm_no_decay", "reproduction_bart"),
+        findings.there(
+            "reproduction_minilm", "reproduction_minilm_no_decay", "reproduction_bart",
+            "reproduction_bart_no_decay",
+        ),
         "reproduction_minilm",
-        (("reproduction_bart", "our BART"), ("reproduction_minilm_no_decay", "without decay")),
+        tuple(
+            (name, findings.RUNS[name])
+            for name in findings.there(
+                "reproduction_bart", "reproduction_minilm_no_decay", "reproduction_bart_no_decay"
+            )
+        ),
     ),
     Entry(
         "weight_decay", "Why: weight decay",
@@ -85,7 +93,12 @@ ENTRIES: Final = (
         findings.placement,
         "r against total decay for query and value, and the mean change of magnitude: the lines of "
         "decay on all and on m alone lie on each other; decay on A and B alone changes nothing.",
-        "python -m analyses.decay_placement --workers 2",
+        "python -m analyses.decay_placement "
+        + (
+            "--seeds 5 --steps 500 --batch-size 128 --held-out 1000 --data pairs.jsonl"
+            if findings.about("decay_placement")["recipes"][0]["steps"] == 500
+            else "--seeds 3 --steps 160 --totals 0 0.01 0.03 0.1 --workers 2"
+        ),
         ("decay_placement",),
     ),
     Entry(
@@ -95,8 +108,8 @@ ENTRIES: Final = (
         "ΔM/m against ΔD on logarithmic axes: LoRA on the orthogonal curve, FT and DoRA above it; "
         "the paper's LoRA points about the same curve, on linear axes; the radial share over "
         "training (dotted: that of a random direction).",
-        "python -m analyses.update_geometry --runs reproduction_minilm "
-        "reproduction_minilm_no_decay reproduction_bart",
+        "python -m analyses.update_geometry --runs "
+        + " ".join(findings.about("update_geometry")["runs"]),
     ),
     Entry(
         "gradient_geometry", "DoRA's gradients",
@@ -153,8 +166,8 @@ ENTRIES: Final = (
         "merge", "Merging",
         "Does a merged adapter compute what the adapted model computes, and what does it cost?",
         findings.merged,
-        "Left, differences between merged and adapted outputs by dtype, at the dtype's precision; "
-        "right, latency over the original model's.",
+        "Left, largest differences between merged and adapted outputs by dtype: none for ours, at "
+        "the dtype's precision for PEFT's; right, latency over the original model's.",
         "python -m analyses.merge",
     ),
 )  # fmt: skip

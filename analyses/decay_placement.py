@@ -127,7 +127,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains every condition, writes table and figure, prints the coupling."""
     parser = argparse.ArgumentParser(prog="python -m analyses.decay_placement")
-    sweep.add_options(parser, "decay_placement", steps=160, batch_size=32, seeds=3)
+    sweep.add_options(parser, "decay_placement", steps=60, batch_size=32, seeds=1)
     parser.add_argument("--totals", type=float, nargs="+", default=list(TOTALS))
     options = parser.parse_args(argv)
     table = conditions(sweep.run_or_read(options, jobs(options)).trajectory())

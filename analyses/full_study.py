@@ -1,7 +1,7 @@
 r"""Run: `python -m analyses.full_study --data pairs.jsonl` (about 20 minutes on two H100s).
 
 The study at full strength: the commands with which the results in analyses/results/ were made, and
-two that wait for a GPU (`decay_placement`, whose committed results are of its small setting on two
+two that wait for a GPU (`decay_placement`, whose committed results are of a shorter setting on two
 cores, and `reproduction_bart_no_decay`).
 `--list` prints them. The commands of a queue run one after the other, the queues side by side, in
 turn on the GPUs that there are. `--parts` runs some of the parts only: `--parts speed` needs no

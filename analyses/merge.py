@@ -2,7 +2,9 @@
 
 Merging costs nothing and changes nothing: how far the outputs of a merged LoRA or DoRA are from
 those of the adapted model, by dtype, after real training steps; and the latency of the adapted and
-the merged model over that of the original one, timed in turns.
+the merged model over that of the original one, timed in turns. Our adapted module's weight is W'
+itself, so that merging can change nothing; PEFT's computes W_0 and the update apart, and its
+merged outputs are rounded otherwise.
 
 Writes figures/merge.{png,svg} and analyses/results/merge.{csv,json}.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +25,7 @@ import torch
 import dora_dynamics as dd
 from analyses import _drawing as drawing
 from analyses._results import write_about, write_tables
+from analyses.adapter_zoo import adapt_by_peft
 from analyses.finetuning import starting_point
 from analyses.finetuning.recipe import LEARNING_RATES, Recipe
 from analyses.finetuning.training import adapt, gradients, make_optimizer, order_of
@@ -32,12 +36,15 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from analyses.finetuning.sweep import Adapt
     from analyses.finetuning.task import PairModel, Task, Tokens
 
+NOTHING: Final = 1e-18
+"""Where a difference of zero is drawn on a logarithmic axis."""
 DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def tuned(base: PairModel, task: Task, recipe: Recipe) -> PairModel:
+def tuned(base: PairModel, task: Task, recipe: Recipe, adapt: Adapt = adapt) -> PairModel:
     """A copy of the base model after the recipe's steps, its adapters still on."""
     torch.manual_seed(0)
     model = copy.deepcopy(base)
@@ -51,7 +58,15 @@ def tuned(base: PairModel, task: Task, recipe: Recipe) -> PairModel:
     return model
 
 
-def errors(model: PairModel, tokens: Tokens) -> list[dict[str, Any]]:
+def merged_by_peft(model: PairModel) -> PairModel:
+    """The same model, what PEFT put on it merged."""
+    model.backbone = model.backbone.merge_and_unload()  # type: ignore[operator]
+    return model
+
+
+def errors(
+    model: PairModel, tokens: Tokens, merge: Callable[..., Any] = dd.merge
+) -> list[dict[str, Any]]:
     """A row a dtype: merged against adapted outputs (unit vectors), and against float64."""
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
@@ -59,7 +74,7 @@ def errors(model: PairModel, tokens: Tokens) -> list[dict[str, Any]]:
         for dtype in DTYPES:
             adapted = copy.deepcopy(model).to(dtype).eval()
             before = adapted.embed(tokens).double()
-            after = dd.merge(adapted).embed(tokens).double()  # type: ignore[operator]
+            after = merge(adapted).embed(tokens).double()
             rows.append(
                 {
                     "dtype": str(dtype).removeprefix("torch."),
@@ -117,6 +132,9 @@ def measure(base: PairModel, task: Task, options: argparse.Namespace) -> pd.Data
             for ending, value in zip(("", "_low", "_high"), ratio[name], strict=True):
                 found[f"{name}_latency{ending}"] = value
         tables.append(found)
+        by_peft = tuned(base, task, recipe, adapt_by_peft).eval()
+        rows = errors(by_peft, tokens, merged_by_peft)
+        tables.append(pd.DataFrame(rows).assign(method=f"{method}, PEFT"))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -126,24 +144,28 @@ def draw(table: pd.DataFrame) -> Figure:
         error, latency = axes[0]
         dtypes = list(dict.fromkeys(table["dtype"]))
         x = np.arange(len(dtypes))
-        for shift, (method, rows) in zip((-0.1, 0.1), table.groupby("method"), strict=True):
-            colour = drawing.METHOD_COLOURS[str(method)]
-            marker = drawing.METHOD_MARKERS[str(method)]
-            differs = rows["merged_from_adapted"].where(rows["merged_from_adapted"] > 0)
-            if differs.notna().any():
-                error.plot(x + shift, differs, marker, color=colour, label=str(method))
-            error.plot(
-                x + shift, rows["adapted_from_float64"], marker, color=colour, fillstyle="none",
-                label=f"{method}: adapted from float64",
-            )  # fmt: skip
-        error.plot(x, rows["epsilon"], "_", color="#333333", markersize=16, label="ε of the dtype")
+        for shift, (method, rows) in zip(
+            (-0.24, -0.08, 0.08, 0.24), table.groupby("method"), strict=True
+        ):
+            name, by_peft = str(method).removesuffix(", PEFT"), str(method).endswith("PEFT")
+            looks = {
+                "color": drawing.METHOD_COLOURS[name], "markersize": 4,
+                "fillstyle": "none" if by_peft else "full",
+            }  # fmt: skip
+            y = rows["merged_from_adapted"].clip(lower=NOTHING)
+            error.plot(x + shift, y, drawing.METHOD_MARKERS[name], label=str(method), **looks)
+        error.plot(x, rows["epsilon"], "_", color="#333333", markersize=22)
+        error.plot([], [], "-", color="#333333", label="ε of the dtype")
         error.set_yscale("log")
         error.set_xticks(x, dtypes)
+        ticks = [NOTHING, 1e-15, 1e-12, 1e-9, 1e-6, 1e-3]
+        labels = ["none", *(f"$10^{{{round(math.log10(tick))}}}$" for tick in ticks[1:])]
+        error.set_yticks(ticks, labels)
+        error.minorticks_off()
         error.set_ylabel("largest difference of outputs")
-        equal = (table["merged_from_adapted"] == 0).all()
-        error.set_title("merged = adapted, bit for bit" if equal else "merged against adapted")
+        error.set_title("merged against adapted")
         places: list[str] = []
-        for method, rows in table.groupby("method"):
+        for method, rows in table.dropna(subset=["merged_latency"]).groupby("method"):
             for state in ("merged", "adapted"):
                 row, at = rows.iloc[0], len(places)
                 middle = row[f"{state}_latency"]

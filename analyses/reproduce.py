@@ -164,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     stacks = stack_table(late)
     if len(stacks):
         write_tables(options.out, options.name, {"_stacks": stacks}, digits=6)
-    files = save(magnitude_direction(late), options.out / "figures" / options.name)
+    by_role = late.sort_values("role", kind="stable")
+    files = save(magnitude_direction(by_role), options.out / "figures" / options.name)
 
     means = done.scores.groupby("method", sort=False)[["retrieval", "label", "loss"]].mean()
     before = pd.DataFrame({"before": done.about.get("before", {})}).T

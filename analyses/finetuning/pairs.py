@@ -31,7 +31,7 @@ def read(source: str) -> list[Pair]:
     Raises:
         ValueError: a record does not hold two texts.
     """
-    if Path(source).exists():
+    if Path(source).is_file():
         with Path(source).open(encoding="utf-8") as lines:
             return [_pair(_parsed(line, source), source) for line in lines if line.strip()]
     try:

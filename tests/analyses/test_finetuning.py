@@ -169,6 +169,15 @@ def test_pairs_from_a_file(tmp_path: Path, some_pairs: list[Pair]) -> None:
             pairs.read(str(file))
 
 
+def test_pairs_from_a_data_set(
+    tmp_path: Path, some_pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pairs.write(some_pairs, tmp_path / "corpus" / "train.jsonl")
+    assert pairs.read(str(tmp_path / "corpus")) == some_pairs
+
+
 def test_a_sweep_over_processes_is_a_sweep_in_one(
     some_pairs: list[Pair], tokenizer: Any, tmp_path: Path
 ) -> None:
