@@ -162,6 +162,12 @@ class Measurement:
             for site, _, _ in group:
                 self._sites.append((place.device, _within(site, span, place)))
 
+    def add_measured(self, changes: Iterable[UnitChange]) -> None:
+        """Take along what is measured already: sharded weights, by all processes together."""
+        for units in changes:
+            (place,) = self._placed([0], [len(units)], units.arrays()).values()
+            self._sites.append((place.device, ((place.first, place.first + place.count),)))
+
     def start(self) -> None:
         """Begin to summarize what was added, and the transfer of that to the host."""
         with torch.no_grad():

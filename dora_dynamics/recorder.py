@@ -13,6 +13,7 @@ from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
 from dora_dynamics.recording import Recording, Watch
 from dora_dynamics.recording.baseline import Baselines, Place
+from dora_dynamics.recording.baseline_source import BaselineError
 from dora_dynamics.recording.followed import Followed, common_method, follow
 from dora_dynamics.recording.metrics import role_means
 from dora_dynamics.recording.optimizers import settings, unwrapped
@@ -58,7 +59,9 @@ class Recorder:
 
     Where several processes train together, each has a recorder and the main one writes. Weights
     that they hold together (FSDP2, tensor parallelism) stay where they are: at a recorded step all
-    processes add up their sums, and no weight is gathered.
+    processes add up their sums, and no weight is gathered. So `every` must say the same on all of
+    them, as a rule in steps does and one in seconds does not. What one process cannot measure is
+    NaN on all; with `strict` all of them raise.
 
     Attributes:
         sites: the weights that are followed.
@@ -257,7 +260,7 @@ class Recorder:
         """Record on the steps of `optimizer` while the context lasts.
 
         Step 0 is recorded on entry and the last step on exit, also when training ends in an
-        exception. A later `attach` goes on counting where the one before stopped.
+        exception (see `give_up`). A later `attach` goes on counting where the one before stopped.
 
         Rows are those of the weights as the optimizer's step leaves them. What changes them after
         it, as AdaLoRA's `update_and_allocate` does, is seen by `start(optimizer,
@@ -270,8 +273,10 @@ class Recorder:
         self.start(optimizer)
         try:
             yield self
-        finally:
-            self.finish()
+        except BaseException:
+            self.give_up()
+            raise
+        self.finish()
 
     def start(self, *optimizers: Optimizer, count_steps: bool = True) -> None:
         """What entering `attach` does, for loops that are no block of code.
@@ -313,26 +318,45 @@ class Recorder:
 
     def finish(self, *, record: bool = True) -> None:
         """What leaving `attach` does: let go of the optimizer and record the last step."""
+        self._finish(record=record, alone=False)
+
+    def give_up(self) -> None:
+        """What leaving `attach` by an exception does: `finish`, without waiting for anyone.
+
+        Training may have failed on this process alone: where weights are sharded the last step is
+        not recorded, because the other processes are not there to add up their sums.
+        """
+        alone = self._recording.is_together
+        self._finish(record=not alone, alone=alone)
+
+    def _finish(self, *, record: bool, alone: bool) -> None:
         self._watch.end()
         try:
             if record:
                 self._record_in_training()
-                self._report_quantization()
+                with self._sparing_training("report", "the quantisation error is not known"):
+                    self._report_quantization()
         finally:
-            self._recording.close()
-            self._recording.troubles.tell(5)
+            self._recording.close(alone=alone)
+            self._recording.troubles.tell(6)
 
     def advance_to(self, step: int) -> None:
         """Take over the step of a loop that counts by itself, and record it when it is due."""
         self.step = step
-        if self._wanted(step):
+        is_due = False
+        with self._sparing_training("schedule", "the step is not recorded"):
+            is_due = self._wanted(step)
+        if is_due:
             self._record_in_training()
+        else:
+            self._recording.troubles.tell(6)
 
     def _record_in_training(self) -> None:
-        if self._is_lost:
+        if self._is_lost and not self._recording.is_together:
             return
         with self._sparing_training("measuring", "the step is left out of the table"):
             self._record(spare=True)
+        self._recording.raise_together()
         self._recording.troubles.tell(7)
 
     def _sparing_training(self, kind: str, so: str) -> AbstractContextManager[None]:
@@ -348,14 +372,24 @@ class Recorder:
             self._record_in_training()
         else:
             self._record(spare=False)
+            self._recording.raise_together()
 
     def _record(self, *, spare: bool) -> None:
         if self.last_recorded == self.step:
             return
-        self._watch.look_again()
+        failure: Exception | None = None
         with self._baseline.at_one_moment():
-            self._baseline.expose(self._model)
-            self._recording.record(self.step, self._watch.total_decay, spare=spare)
+            try:
+                self._watch.look_again()
+                self._baseline.expose(self._model)
+                if self._is_lost:
+                    raise BaselineError("W_0 is lost")
+            except Exception as error:
+                if not self._recording.is_together:
+                    raise
+                failure = error  # the other processes are told so by the record
+            decay = self._watch.total_decay
+            self._recording.record(self.step, decay, spare=spare, failure=failure)
 
     def _before_step(self) -> None:
         with self._sparing_training("baseline", "W_0 is lost, and nothing more is recorded"):

@@ -17,6 +17,7 @@ What becomes of unusual weights:
 - Another parameter of the same shape in the weight's place: followed, against the same W_0.
 - A weight of another shape, or on the meta device, in training: its own rows are NaN, with all
   units in `non_finite`, and one warning says why; other rows are as ever; `strict=True` raises.
+  Where weights are sharded, that holds if one process cannot measure its part.
 - Tied weights, and a module that is used in several places: one row, under the first name that was
   selected. `run.json` has the others (`also_known_as`), and each of them selects it.
 - Gradient checkpointing, `torch.compile`, a second recorder: the same training, the same rows.

@@ -65,7 +65,7 @@ class RecorderCallback(LateRecorder, Callback):
     ) -> None:
         """Record the last step also where training ends early."""
         if self.recorder is not None and self.recorder.is_attached:
-            self.recorder.finish()
+            self.recorder.give_up()
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning saves in its checkpoints."""

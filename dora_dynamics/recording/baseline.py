@@ -137,6 +137,11 @@ class Baselines:
         """Whether several processes hold a followed weight together, each a part of it."""
         return are_any_sharded(self.weights.values()) or are_any_sharded(self._all_stored())
 
+    @property
+    def is_together(self) -> bool:
+        """Whether processes measure together, as they all know since `settle`: W_0 is sharded."""
+        return any(map(is_sharded, self.weights.values()))
+
     def _settle_sharded(self, sharded: Mapping[str, DTensor]) -> None:
         """Shard W_0 as the live weights are; every process is here."""
         from dora_dynamics.sharded.baseline import all_equal, settled
@@ -281,6 +286,8 @@ class Baselines:
             effective = where.effective()
         except NoDenseWeightError as error:
             raise NoDenseWeightError(f"{name} cannot be followed: {error}.") from error
+        if isinstance(effective, Dense) and effective.weight.is_meta:
+            raise BaselineError(f"{name} has lost its values: it is on the meta device.")
         if is_sharded(stored) and not (isinstance(effective, Dense) or is_base):
             return Adapted(stored, effective)
         return effective

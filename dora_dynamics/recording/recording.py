@@ -13,8 +13,9 @@ from dora_dynamics.recording.rows import RecordedRows
 from dora_dynamics.recording.step import RecordedStep
 from dora_dynamics.recording.troubles import Troubles, in_words
 from dora_dynamics.runs.snapshots import has_baseline
-from dora_dynamics.sharded import ShardingError
-from dora_dynamics.sharded.collectives import by_main_process
+from dora_dynamics.sharded import FailedElsewhereError, ShardingError
+from dora_dynamics.sharded.collectives import by_main_process, is_main_process, raise_on_all
+from dora_dynamics.sharded.together import Together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,8 @@ class Recording:
         self._name = name
         self._folder = ""
         self._backlog = Backlog()
+        self._together = Together()
+        self._held_back: Exception | None = None
         self.rename(info.method)
 
     def rename(self, method: str) -> None:
@@ -124,30 +127,69 @@ class Recording:
         """Return when all rows are there."""
         self._backlog.wait()
 
-    def close(self) -> None:
-        """Wait, write what the disk takes, and let others write to the run directory."""
+    def close(self, *, alone: bool = False) -> None:
+        """Wait, write what the disk takes, and let others write to the run directory.
+
+        Args:
+            alone: other processes may not be here: training failed on this one.
+        """
+        with self._holding_back():
+            try:
+                self._backlog.close()
+            finally:
+                try:
+                    self.rows.write()
+                finally:
+                    self.rows.release()
+        if not alone:
+            self.raise_together()
+        elif self._held_back is not None:
+            raise self._held_back
+
+    @property
+    def is_together(self) -> bool:
+        """Whether several processes record each step together."""
+        return self._baseline.is_together
+
+    @property
+    def _raises_together(self) -> bool:
+        """Whether what fails on one process is raised by all of them, at the next record's end."""
+        return self.is_together and self.troubles.are_fatal
+
+    @contextmanager
+    def _holding_back(self) -> Iterator[None]:
+        """Keep what is raised for `raise_together`, where all processes are to raise it."""
         try:
-            self._backlog.close()
-        finally:
-            self.rows.write()
-            self.rows.release()
+            yield
+        except Exception as error:
+            if not self._raises_together:
+                raise
+            self._held_back = self._held_back or error
 
     @contextmanager
     def sparing_training(self, step: int, kind: str, so: str) -> Iterator[None]:
-        """Let training go on where this fails; processes must fail together, though.
+        """Let training go on where this fails; where that is fatal, all processes raise at once.
 
         Args:
             step: the step at which it is done.
             kind: the kind of failure, told once.
             so: what comes of it, as the end of a sentence.
         """
-        try:
-            yield
-        except Exception as error:
-            if self._baseline.is_sharded:
-                raise
-            message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
-            self.troubles.note(kind, message, error)
+        with self._holding_back():
+            try:
+                yield
+            except Exception as error:
+                message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
+                self.troubles.note(kind, message, error)
+
+    def raise_together(self) -> None:
+        """Raise what failed on any process since the last call, on all of them; they all call this.
+
+        Where failures are not fatal, or no other process is there, nothing is left to raise.
+        """
+        if self._raises_together:
+            error, self._held_back = self._held_back, None
+            raise_on_all(error)
 
     def note_captured(self) -> None:
         """Take note that an optimizer's step is captured in a CUDA graph."""
@@ -158,7 +200,14 @@ class Recording:
             RuntimeError("the optimizer's step is captured in a CUDA graph"),
         )
 
-    def record(self, step: int, total_decay: Mapping[str, float], *, spare: bool) -> None:
+    def record(
+        self,
+        step: int,
+        total_decay: Mapping[str, float],
+        *,
+        spare: bool,
+        failure: Exception | None = None,
+    ) -> None:
         """Measure the weights as they are at this step; on a GPU, begin to.
 
         Args:
@@ -166,33 +215,47 @@ class Recording:
             total_decay: Λ up to this step, by tensor.
             spare: give a weight that cannot be measured rows of NaN and take note of it, where
                 failures are not fatal, rather than raise.
+            failure: why this process can measure nothing, though others do.
         """
+        if self.is_together:
+            self.last = step  # on all processes, whatever fails on one
         spare = spare and not self.troubles.are_fatal
         finish, effective, failed = Measuring(
-            self._sites, self._baseline, self.info.axis, self.keep, spare
+            self._sites,
+            self._baseline,
+            self.info.axis,
+            self.keep,
+            spare,
+            self._together,
+            failure,
         ).queue()
-        if failed:
-            self._note_unmeasured(step, failed)
-        else:
-            self.troubles.is_over("unmeasured")
-        keeps_baseline = "weights" in self.keep and not has_baseline(self.rows.directory)
-        recorded = RecordedStep(
-            step=step,
-            run=self.info.run,
-            method=self.info.method,
-            sites=self._sites,
-            finish=finish,
-            total_decay=dict(total_decay),
-            effective=effective,
-            baseline=self._baseline.weights if keeps_baseline else None,
-        )
-        self.last = step
-        if self._baseline.is_on_gpu and not effective:
-            self._backlog.add(partial(self._store_beside_training, recorded))
-        else:
-            self._store(recorded)
+        with self._holding_back():
+            if failed:
+                self._note_unmeasured(step, failed)
+            else:
+                self.troubles.is_over("unmeasured")
+            keeps_baseline = "weights" in self.keep and not has_baseline(self.rows.directory)
+            recorded = RecordedStep(
+                step=step,
+                run=self.info.run,
+                method=self.info.method,
+                sites=self._sites,
+                finish=finish,
+                total_decay=dict(total_decay),
+                effective=effective,
+                baseline=self._baseline.weights if keeps_baseline else None,
+            )
+            self.last = step
+            if self._baseline.is_on_gpu and not effective:
+                self._backlog.add(partial(self._store_beside_training, recorded))
+            else:
+                self._store(recorded)
 
     def _note_unmeasured(self, step: int, failed: Mapping[str, Exception]) -> None:
+        if not is_main_process():  # which tells of them all; here is told why
+            failed = {n: e for n, e in failed.items() if not isinstance(e, FailedElsewhereError)}
+            if not failed:
+                return
         (name, error), *others = failed.items()
         more = f", nor can {len(others)} more" if others else ""
         self.troubles.note(

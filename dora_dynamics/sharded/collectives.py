@@ -5,16 +5,20 @@ Every function here is called by all processes, in the same order, or by none.
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dora_dynamics.sharded.holding import ShardingError, held
+from dora_dynamics.sharded.holding import FailedElsewhereError, ShardingError, held
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -33,12 +37,29 @@ def device_of(tensor: DTensor) -> torch.device:
     return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What all processes have added up.
+
+    Attributes:
+        totals: of each vector; None where a process failed to add its part.
+        failures: why, for these vectors.
+        said: what was said beside, added up.
+    """
+
+    totals: list[NDArray[np.float64] | None]
+    failures: dict[int, FailedElsewhereError]
+    said: NDArray[np.float64]
+
+
 def added(
     vectors: Sequence[NDArray[np.float64]],
     held_elements: Sequence[int],
     elements: Sequence[int],
+    failed: Collection[int],
     device: torch.device,
-) -> list[NDArray[np.float64]]:
+    say: Sequence[float] = (),
+) -> Sums:
     """Vectors added up over all processes, in one all-reduce.
 
     Several processes may hold the same block (a replicated dimension of the mesh, a mesh that is a
@@ -48,52 +69,93 @@ def added(
         vectors: what the blocks of this process add to each vector.
         held_elements: how many elements of the weight behind each vector this process holds.
         elements: how many elements that weight has.
+        failed: the vectors that this process has no part of because it failed; they are as long
+            as those of the others.
         device: where the processes exchange tensors.
+        say: numbers that are added up as they are.
 
     Raises:
         ShardingError: a weight is not held as a whole, by all processes together.
     """
-    flat = np.concatenate([*vectors, np.asarray(held_elements, dtype=np.float64)])
+    count = len(vectors)
+    ended = np.zeros((2, count))
+    for i in failed:
+        ended[:, i] = 1.0, dist.get_rank()
+    flat = np.concatenate([*vectors, np.asarray(held_elements, np.float64), *ended, say])
     buffer = torch.from_numpy(flat).to(device)
     dist.all_reduce(buffer)
     total = buffer.cpu().numpy()
-    found = []
-    start, counts = 0, total[len(total) - len(vectors) :]
-    for vector, count, whole in zip(vectors, counts, elements, strict=True):
-        copies, rest = divmod(int(count), whole)
+    start = sum(map(len, vectors))
+    counts, processes, ranks = total[start : start + 3 * count].reshape(3, count)
+    totals: list[NDArray[np.float64] | None] = []
+    failures = {}
+    start = 0
+    for i, (vector, whole) in enumerate(zip(vectors, elements, strict=True)):
+        here = slice(start, start + len(vector))
+        start = here.stop
+        if processes[i]:
+            failures[i] = FailedElsewhereError(int(processes[i]), int(ranks[i]))
+            totals.append(None)
+            continue
+        copies, rest = divmod(int(counts[i]), whole)
         if rest or copies < 1:
             raise ShardingError(
-                f"the processes hold {int(count)} elements of a weight of {whole}: all processes "
-                "must follow the same weights (one recorder on each), and hold them as a whole."
+                f"the processes hold {int(counts[i])} elements of a weight of {whole}: all "
+                "processes must follow the same weights (one recorder on each), and hold them as "
+                "a whole."
             )
-        found.append(total[start : start + len(vector)] / copies)
-        start += len(vector)
-    return found
+        totals.append(total[here] / copies)
+    return Sums(totals, failures, total[len(total) - len(say) :])
 
 
-def joined(tensors: Sequence[DTensor]) -> list[Tensor]:
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor of rank size that all processes are to have as a whole.
+
+    Attributes:
+        shape: of the whole.
+        dtype: its type.
+        part: what this process has of it; None where it failed to read that.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    part: DTensor | None
+
+
+def joined(
+    tensors: Sequence[Wanted], device: torch.device
+) -> tuple[list[Tensor], dict[int, Exception]]:
     """The whole of each tensor, bit by bit, in one all-reduce: meant for what is of rank size.
 
     Bytes that this process does not hold are zero here, and the largest of all is taken; so any
     sharding, uneven, empty or replicated, is the same case.
+
+    Returns:
+        Them, and by position where this process failed to give its part: there they mean nothing,
+        and it must say so when sums are added.
     """
     if not tensors:
-        return []
-    device = device_of(tensors[0])
-    sizes = [-(-tensor.numel() * tensor.element_size() // _ALIGNMENT) for tensor in tensors]
+        return [], {}
+    nbytes = [math.prod(wanted.shape) * wanted.dtype.itemsize for wanted in tensors]
+    sizes = [-(-size // _ALIGNMENT) for size in nbytes]
     buffer = torch.zeros(_ALIGNMENT * sum(sizes), dtype=torch.uint8, device=device)
-    found = []
+    found: list[Tensor] = []
+    failed: dict[int, Exception] = {}
     start = 0
-    for tensor, size in zip(tensors, sizes, strict=True):
-        nbytes = tensor.numel() * tensor.element_size()
-        whole = buffer[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
+    for wanted, used, size in zip(tensors, nbytes, sizes, strict=True):
+        whole = buffer[start : start + used].view(wanted.dtype).view(wanted.shape)
         start += _ALIGNMENT * size
-        local, offsets = held(tensor)
-        spans = zip(offsets, local.shape, strict=True)
-        whole[tuple(slice(first, first + count) for first, count in spans)].copy_(local)
+        if wanted.part is not None:
+            try:
+                local, offsets = held(wanted.part)
+                spans = zip(offsets, local.shape, strict=True)
+                whole[tuple(slice(first, first + count) for first, count in spans)].copy_(local)
+            except Exception as error:
+                failed[len(found)] = error
         found.append(whole)
     dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
-    return found
+    return found, failed
 
 
 def told(value: T) -> list[T]:
@@ -125,7 +187,25 @@ def by_main_process(action: Callable[[], object], *, together: bool) -> None:
                 raise
             error = raised
     if together:
-        errors = [error]
-        dist.broadcast_object_list(errors, src=0)
-        if errors[0] is not None:
-            raise errors[0]
+        raise_on_all(error)
+
+
+def raise_on_all(error: Exception | None) -> None:
+    """Raise what any process failed with, on all of them; each tells what it met, or None.
+
+    What cannot be sent to other processes, they have in words.
+    """
+    is_own = error is not None and not isinstance(error, FailedElsewhereError)
+    errors = [sent for sent in told(_sendable(error) if is_own else None) if sent is not None]
+    if is_own or not errors:
+        errors = [error] if error is not None else []
+    if errors:
+        raise errors[0]
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    try:
+        pickle.dumps(copy.copy(error))
+    except Exception:
+        return ShardingError(f"process {dist.get_rank()} failed: {type(error).__name__}: {error}")
+    return error

@@ -25,6 +25,20 @@ class ShardingError(InputError):
     """A model is sharded in a way that cannot be followed; the message says what can."""
 
 
+class FailedElsewhereError(ShardingError):
+    """Other processes failed at what all of them must do together."""
+
+    def __init__(self, processes: int, ranks: int) -> None:
+        """Say which.
+
+        Args:
+            processes: how many failed.
+            ranks: the sum of their ranks.
+        """
+        who = f"process {ranks}" if processes == 1 else f"{processes} processes"
+        super().__init__(f"{who} cannot, and {'says' if processes == 1 else 'say'} why")
+
+
 @dataclass(frozen=True)
 class Adapted:
     """A LoRA or DoRA on a base weight that is not W_0 (PiSSA moves W_0's leading part away).

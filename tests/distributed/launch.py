@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 import torch.distributed as dist
 
-from tests.conftest import PATIENCE
-from tests.distributed import lifecycle, placements, recording, trainers
+from tests.conftest import IS_CAMPAIGN, PATIENCE
+from tests.distributed import failures, lifecycle, placements, recording, trainers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,11 +41,20 @@ CASES: dict[str, Callable[[str], float]] = {
     "resumed": lifecycle.resumed,
     "refusals": lifecycle.refusals,
 }
+FAILURES: dict[str, Callable[[str], float]] = {
+    "broken weights": failures.broken_weights,
+    "broken recorders": failures.broken_recorders,
+    "strict failures": failures.strict_failures,
+    "other adapters": failures.other_adapters,
+    "refused by the disk": failures.refused_by_the_disk,
+    "ended alone": failures.ended_alone,
+}
 
 
 def run_all(device: str, only: str | None = None) -> bool:
     """Runs the cases on this process, up to one that fails: the others may be waiting there."""
-    chosen = {name: case for name, case in CASES.items() if only is None or only in name}
+    cases = CASES | FAILURES if dist.get_world_size() == 2 or IS_CAMPAIGN else CASES
+    chosen = {name: case for name, case in cases.items() if only is None or only in name}
     return all(run_case(name, case, device) for name, case in chosen.items())
 
 

@@ -15,7 +15,7 @@ from tests.conftest import IS_CAMPAIGN, PATIENCE, without_gpu
 from tests.distributed import trainers
 from tests.torchrun import torchrun
 
-CASES = 10
+CASES, FAILURES = 10, 6
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -26,7 +26,8 @@ def test_sharded_models_are_followed_as_whole_ones() -> None:
         env=without_gpu(), capture_output=True, text=True, check=False, timeout=2 * PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": ok, ") == 2 * CASES + trainers.AVAILABLE, done.stdout
+    expected = 2 * CASES + (1 + IS_CAMPAIGN) * FAILURES + trainers.AVAILABLE
+    assert done.stdout.count(": ok, ") == expected, done.stdout
 
 
 @pytest.mark.campaign
@@ -36,7 +37,7 @@ def test_sharded_models_are_followed_as_whole_ones() -> None:
 def test_by_torchrun(processes: int) -> None:
     done = torchrun(processes, "-m", "tests.distributed.launch")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": ok, ") == CASES, done.stdout
+    assert done.stdout.count(": ok, ") == CASES + FAILURES, done.stdout
 
 
 class TestHiddenWeights:
