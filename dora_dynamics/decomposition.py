@@ -16,6 +16,8 @@ import torch
 from dora_dynamics import _kernels
 from dora_dynamics.errors import InputError
 from dora_dynamics.units.arithmetic import (
+    LEAST_LEFT,
+    LEAST_LEFT_BY_FACTORS,
     MEASURES,
     Measures,
     has_direction,
@@ -42,7 +44,9 @@ class UnitChange:
         magnitude_before: m_0, the norm of the unit before.
         magnitude_after: m', its norm after.
         magnitude_difference: m' − m_0, accurate also where the two agree to many digits.
-        one_minus_cosine: 1 − cos(w', w_0), from 0 to 2; NaN where either norm is zero.
+        one_minus_cosine: 1 − cos(w', w_0), from 0 to 2; NaN where either norm is zero, or so little
+            is left of it that rounding has taken its direction: less than 1e-9 of m_0; 1e-5 where
+            a low-rank update takes the rest away.
         update_square: squared norm of w' − w_0.
         radial_update: length of w' − w_0 along w_0, negative where the unit shrank along it.
     """
@@ -63,8 +67,8 @@ class UnitChange:
 
     @property
     def has_direction(self) -> NDArray[np.bool_]:
-        """Which units have a norm above zero both before and after."""
-        directed: NDArray[np.bool_] = has_direction(self.magnitude_before, self.magnitude_after)
+        """Which units have a direction both before and after."""
+        directed: NDArray[np.bool_] = has_direction(self.one_minus_cosine, self.is_finite)
         return directed
 
     @property
@@ -80,7 +84,8 @@ class WeightChange(Measures):
     A unit that holds NaN or Inf makes every reduced measure NaN and is counted in `non_finite`:
     such weights are reported, never averaged away. A unit of zero norm has a magnitude but no
     direction: it enters ΔM, is left out of ΔD and of the relative measure, and is counted in
-    `zero_units`. A float64 unit whose squared norm is beyond float64 counts as not finite (norms
+    `zero_units`; so does one of whose norm less than a billionth is left, but for the relative
+    measure. A float64 unit whose squared norm is beyond float64 counts as not finite (norms
     above 1e154) or as zero (below 1e-162).
 
     Attributes:
@@ -225,7 +230,8 @@ def low_rank_change(
         if magnitude is None:
             if axis == "input":
                 before, A, B = before.T, B.T, A.T
-            change = unit_change(_kernels.low_rank_sums(before, A, B, scaling))
+            sums = _kernels.low_rank_sums(before, A, B, scaling)
+            change = unit_change(sums, least_left=LEAST_LEFT_BY_FACTORS)
         elif axis == "output":
             change = _rescale(
                 _kernels.low_rank_sums(before, A, B, scaling), magnitude.to(torch.float64)
@@ -240,15 +246,16 @@ def low_rank_change(
         return reduce_units(change, axis)
 
 
-def unit_change(sums: _kernels.UnitSums) -> UnitChange:
+def unit_change(sums: _kernels.UnitSums, *, least_left: float = LEAST_LEFT) -> UnitChange:
     """Per-unit magnitudes and directions from the four sums of a change."""
-    return UnitChange(*unit_arrays(*_arrays(sums)))
+    return UnitChange(*unit_arrays(*_arrays(sums), least_left=least_left))
 
 
 def _rescale(sums: _kernels.UnitSums, magnitude: Tensor) -> UnitChange:
     """DoRA (Eq. 5): the direction of the low-rank update, the magnitude |m|, the sign of m."""
     a, e, c, P = _arrays(sums)
-    return UnitChange(*rescaled(unit_arrays(a, e, c, P), P, magnitude.numpy(force=True)))
+    turned = unit_arrays(a, e, c, P, least_left=LEAST_LEFT_BY_FACTORS)
+    return UnitChange(*rescaled(turned, P, magnitude.numpy(force=True)))
 
 
 def _arrays(sums: _kernels.UnitSums) -> NDArray[np.float64]:

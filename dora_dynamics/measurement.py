@@ -25,7 +25,13 @@ from dora_dynamics.decomposition import (
 from dora_dynamics.effective import Check, Dense, LowRank
 from dora_dynamics.effective.factors import built
 from dora_dynamics.sharded import Adapted
-from dora_dynamics.units.arithmetic import MEASURES, rescaled, unit_arrays
+from dora_dynamics.units.arithmetic import (
+    LEAST_LEFT,
+    LEAST_LEFT_BY_FACTORS,
+    MEASURES,
+    rescaled,
+    unit_arrays,
+)
 from dora_dynamics.units.batches import Ranges, batched_sums, length, picked
 from dora_dynamics.units.summary import UnitSummary, finished
 
@@ -248,18 +254,19 @@ class Measurement:
                 dora[i] = LowRankUpdate(before, A, B, effective.scaling), site.select(m)
 
         places: dict[int, _Place] = {}
-        for members, queued in (
-            (list(dense), queue_dense_sums(list(dense.values()))),
-            (list(lora), queue_low_rank_sums(list(lora.values()))),
+        for members, queued, least_left in (
+            (list(dense), queue_dense_sums(list(dense.values())), LEAST_LEFT),
+            (list(lora), queue_low_rank_sums(list(lora.values())), LEAST_LEFT_BY_FACTORS),
         ):
             for some in queued:
                 own = [members[i] for i in some.which]
-                places |= self._placed(own, some.units, unit_arrays(*some.sums))
+                arrays = unit_arrays(*some.sums, least_left=least_left)
+                places |= self._placed(own, some.units, arrays)
         members = list(dora)
         for some in queue_low_rank_sums([update for update, _ in dora.values()]):
             own = [members[i] for i in some.which]
             m = _magnitudes([dora[i][1] for i in own], some.sums)
-            turned = unit_arrays(*some.sums)
+            turned = unit_arrays(*some.sums, least_left=LEAST_LEFT_BY_FACTORS)
             places |= self._placed(own, some.units, rescaled(turned, some.sums[3], m))
         here = {
             i: measure(site, w_0, w, self._axis).units  # not together, or not at all: this tells

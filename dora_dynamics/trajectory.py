@@ -9,8 +9,9 @@ What becomes of unusual weights:
   are NaN; other rows are as ever.
 - Weights that explode: exact as long as their squares fit float64.
 - Units of zero norm: counted in `zero_units`; in ΔM, left out of ΔD, which is NaN where all are.
-- Units that shrink more than a billionfold: exact in ΔM, but what is left of them has lost its
-  direction to rounding, so that their part in ΔD lies anywhere in [0, 2].
+- Units that shrink more than a billionfold: exact in ΔM; what is left of them has lost its
+  direction to rounding, so that they count as units of zero norm: in `zero_units`, not in ΔD. By
+  the factors of a LoRA or DoRA, those that its update makes shrink by more than 100,000.
 - Weights that stay: ΔM and ΔD exactly 0; couplings NaN.
 - Denormal weights, and turns below what fp32 can say: exact, in memory and on disk.
 - Steps that a gradient scaler skips are no steps: not counted, no rows.
@@ -84,7 +85,11 @@ COLUMNS: Final[tuple[Column, ...]] = (
         "radial_share", "number", "share of ‖W' − W_0‖² along the units' own directions, 0 to 1"
     ),
     Column("total_decay", "number", "Λ = Σ lr·weight_decay so far on what sets the magnitude"),
-    Column("zero_units", "integer", "units of zero norm: in ΔM, left out of ΔD"),
+    Column(
+        "zero_units",
+        "integer",
+        "units of zero norm, or shrunk more than a billionfold: in ΔM, left out of ΔD",
+    ),
     Column(
         "non_finite",
         "integer",

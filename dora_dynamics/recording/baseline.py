@@ -140,7 +140,7 @@ class Baselines:
     @property
     def is_together(self) -> bool:
         """Whether processes measure together, as they all know since `settle`: W_0 is sharded."""
-        return any(map(is_sharded, self.weights.values()))
+        return are_any_sharded(self.weights.values())
 
     def _settle_sharded(self, sharded: Mapping[str, DTensor]) -> None:
         """Shard W_0 as the live weights are; every process is here."""

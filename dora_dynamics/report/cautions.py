@@ -144,7 +144,7 @@ def _zero_units(recorded: Recorded) -> Iterator[Caution]:
         sites = list(dict.fromkeys(zero["site"]))
         yield Caution(
             "zero units",
-            f"Some units have no norm, hence no direction: in ΔM, left out of ΔD "
+            f"Some units have no norm, or hardly any, hence no direction: in ΔM, left out of ΔD "
             f"({_listed(sites)}).",
             "note",
         )

@@ -24,10 +24,11 @@ import torch
 from dora_dynamics._kernels.sums import TANGENTIAL_SHARE, from_array
 from dora_dynamics.decomposition import UnitChange, _rescale, unit_change
 from dora_dynamics.effective import Dense, LowRank
-from dora_dynamics.sharded.adapted import Weight, by_tensor, form_of, wanted
+from dora_dynamics.sharded.adapted import Weight, by_tensor, form_of, is_built, wanted
 from dora_dynamics.sharded.collectives import added, device_of, joined
 from dora_dynamics.sharded.holding import held
 from dora_dynamics.sharded.shares import shares_of, squared_norms
+from dora_dynamics.units.arithmetic import LEAST_LEFT, LEAST_LEFT_BY_FACTORS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -144,7 +145,9 @@ def _changes(
             _rescale(from_array(table), site.select(m).detach().to("cpu", torch.float64))
             for site, table in zip(weight.sites, tables, strict=True)
         ]
-    return [unit_change(from_array(table)) for table in tables]
+    is_low_rank = isinstance(factors, LowRank) and not is_built(weight, axis)
+    least_left = LEAST_LEFT_BY_FACTORS if is_low_rank else LEAST_LEFT
+    return [unit_change(from_array(table), least_left=least_left) for table in tables]
 
 
 def _whole_factors(

@@ -34,7 +34,8 @@ class Measures:
         update_norm: Frobenius norm of W' − W_0.
         radial_share: share of the squared update along the units' own directions, from 0 to 1;
             NaN where nothing changed.
-        zero_units: number of units of zero norm, before or after.
+        zero_units: number of units without direction: of zero norm, before or after, or shrunk more
+            than a billionfold.
         non_finite: number of units with NaN or Inf, before or after.
     """
 
@@ -53,11 +54,21 @@ MEASURES: Final = tuple(field.name for field in fields(Measures))
 """What `measures` returns; the last two are counts."""
 
 
-def unit_arrays(a: Array, e: Array, c: Array, P: Array) -> list[Array]:
+LEAST_LEFT: Final = 1e-9
+"""Share of m_0 from which on the direction of what is left of a unit is known: sums of differences
+know w' to 1e-16 of w_0 only."""
+LEAST_LEFT_BY_FACTORS: Final = 1e-5
+"""The same where the sums are of a low-rank update: P = c − e²/a cancels when c is nearly a."""
+
+
+def unit_arrays(
+    a: Array, e: Array, c: Array, P: Array, *, least_left: float = LEAST_LEFT
+) -> list[Array]:
     """The six arrays from the four sums of a change, per unit.
 
     With k = 1 + e/a: m = √(k²a + P), m − m_0 = (2e + e²/a + P)/(m + m_0) and
-    1 − cos = P/(m (m + k m_0)); none of them cancels where the change is small.
+    1 − cos = P/(m (m + k m_0)); none of them cancels where the change is small. A unit of which
+    less than a share `least_left` is left has lost its direction: 1 − cos is NaN, as of none.
     """
     library = library_of(a)
     where = library.where
@@ -68,7 +79,7 @@ def unit_arrays(a: Array, e: Array, c: Array, P: Array) -> list[Array]:
         m = library.sqrt(k * k * a + P)
         difference = where(m + m_0 == 0, 0.0, (2 * e + along * e + P) / (m + m_0))
         turned = where(k > 0, P / (m * (m + k * m_0)), 1.0 - k * m_0 / m).clip(0.0, 2.0)
-        turned = where((m_0 == 0) | (m == 0), NAN, turned)
+        turned = where((m_0 == 0) | (m <= least_left * m_0), NAN, turned)
         return [m_0, m, difference, turned, c, along * m_0]
 
 
@@ -109,7 +120,8 @@ def terms(units: Sequence[Array]) -> list[Array]:
     library = library_of(m_0)
     where = library.where
     with np.errstate(all="ignore"):
-        directed = has_direction(m_0, m)
+        finite = library.isfinite(m_0) & library.isfinite(m)
+        directed = has_direction(turned, finite)
         measured = m_0 != 0
         moved = abs(difference)
         return [
@@ -122,7 +134,7 @@ def terms(units: Sequence[Array]) -> list[Array]:
             radial * radial,
             as_numbers(directed),
             as_numbers(measured),
-            as_numbers(library.isfinite(m_0) & library.isfinite(m)),
+            as_numbers(finite),
         ]
 
 
@@ -158,9 +170,14 @@ def measures(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[
     return np.concatenate([means, [counts - directed, counts - finite]])
 
 
-def has_direction(before: Array, after: Array) -> Array:
-    """Which units have a norm above zero both before and after."""
-    return (before != 0) & (after != 0)
+def has_direction(turned: Array, finite: Array) -> Array:
+    """Which units have a direction both before and after: 1 − cos is a number.
+
+    Args:
+        turned: 1 − cos.
+        finite: which units are; of the others nothing is said.
+    """
+    return ~(finite & library_of(turned).isnan(turned))
 
 
 def named(names: Sequence[str], numbers: Sequence[float]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import dora_dynamics as dd
 from dora_dynamics import _kernels
-from dora_dynamics import recorder as recorder_module
 from dora_dynamics.recording.baseline import Baselines
 from dora_dynamics.recording.followed import Followed
 from dora_dynamics.recording.measuring import Measuring
@@ -219,7 +218,7 @@ def broken_recorders(device: str) -> float:
     everything = TARGETS
     own_rows = -(-7 // dist.get_world_size())  # of value, whose seven rows do not divide
     for fault, broken, why in (
-        (raising(recorder_module, "expose", boom), everything, "it broke"),
+        (raising(Baselines, "expose", boom), everything, "it broke"),
         (raising(Watch, "look_again", boom), everything, "it broke"),
         (raising(Measuring, "_whole", boom), [], ""),
         (without_room(own_rows), ["value"], "no room"),

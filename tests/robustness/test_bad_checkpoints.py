@@ -204,16 +204,13 @@ def test_generated_bad_checkpoints(kind: str, tmp_path: Path, base: Path) -> Non
 
 
 def of_change(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
-    """What a row must say; nothing of ΔD where rounding may take a unit's direction.
-
-    The sums are of differences: they lose the direction of what shrinks a billionfold.
-    """
-    names = ("delta_magnitude", "delta_direction", "update_norm")
-    told = dict(zip(names, expected(before, after), strict=True))
+    """What a row must say: a unit that shrinks a billionfold is left out of ΔD."""
+    magnitude, direction, norm = expected(before, after)
     left = after.double().norm(dim=1) / before.double().norm(dim=1)
     if ((left > 0) & (left < 1e-9)).any():
-        del told["delta_direction"]
-    return told
+        some = left > 1e-9
+        direction = expected(before[some], after[some])[1]
+    return {"delta_magnitude": magnitude, "delta_direction": direction, "update_norm": norm}
 
 
 def check(rows: list[dict[str, Any]], wanted: dict[str, dict[str, float]], what: str) -> None:

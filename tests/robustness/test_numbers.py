@@ -105,6 +105,49 @@ def test_zero_units_are_left_out_of_the_direction_and_counted() -> None:
     assert row["delta_direction"] == pytest.approx((1 - cosine).mean())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", [1e-4, 1e-6, 1e-8, 1e-10, 1e-16, 1e-30])
+def test_what_shrinks_a_billionfold_has_no_direction(left: float, dtype: torch.dtype) -> None:
+    weight = torch.randn(5, 7, dtype=dtype)
+    after = weight + 0.1 * torch.randn(5, 7, dtype=dtype)
+    after[[1, 3]] = left * torch.randn(2, 7, dtype=dtype)
+    model = model_of(weight)
+    table, _ = recorded(model, lambda: model["query"].weight.copy_(after))
+    row, kept = last(table), [0, 2, 4] if left < 1e-9 else [0, 1, 2, 3, 4]
+    w, v = weight.double(), after.double()
+    cosine = torch.cosine_similarity(w, v, dim=1, eps=0.0).numpy()
+    assert row["zero_units"] == 5 - len(kept)
+    assert row["delta_direction"] == pytest.approx((1 - cosine)[kept].mean(), rel=1e-6)
+    change = dd.weight_change(weight, after)
+    assert change.units.has_direction.nonzero()[0].tolist() == kept
+    np.testing.assert_allclose(
+        change.units.one_minus_cosine[kept], (1 - cosine)[kept], rtol=1e-5, atol=1e-9
+    )
+    assert row["delta_magnitude"] == pytest.approx(
+        float((v.norm(dim=1) - w.norm(dim=1)).abs().mean())
+    )
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("left", [1e-2, 1e-4, 1e-6, 1e-8, 1e-12])
+def test_what_factors_take_away_has_no_direction(left: float, method: str) -> None:
+    """A unit that its low-rank update brings to a share of itself, in another direction."""
+    W, A = torch.randn(5, 7, dtype=torch.float64), torch.randn(2, 7, dtype=torch.float64)
+    B = 0.1 * torch.randn(5, 2, dtype=torch.float64)
+    A[0], B[2] = W[2], torch.tensor([-1.0, left])
+    m = torch.rand(5, dtype=torch.float64) + 0.5 if method == "DoRA" else None
+    change = dd.low_rank_change(W, A, B, scaling=1.0, magnitude=m)
+    kept = [0, 1, 3, 4] if left < 1e-5 else [0, 1, 2, 3, 4]
+    turned = W + B @ A
+    turned[2] = left * A[1]
+    cosine = torch.cosine_similarity(W, turned, dim=1, eps=0.0).numpy()
+    assert change.zero_units == 5 - len(kept)
+    assert change.delta_direction == pytest.approx((1 - cosine)[kept].mean(), rel=1e-5)
+    after = turned if m is None else m[:, None] * turned / turned.norm(dim=1, keepdim=True)
+    magnitudes = after.norm(dim=1) - W.norm(dim=1)
+    assert change.delta_magnitude == pytest.approx(float(magnitudes.abs().mean()), rel=1e-6)
+
+
 def test_weights_all_zero_have_no_direction() -> None:
     model = model_of(torch.zeros(5, 7))
     table, _ = recorded(model, lambda: model["query"].weight.add_(1))
