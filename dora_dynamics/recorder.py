@@ -343,13 +343,15 @@ class Recorder:
     def advance_to(self, step: int) -> None:
         """Take over the step of a loop that counts by itself, and record it when it is due."""
         self.step = step
-        is_due = False
-        with self._sparing_training("schedule", "the step is not recorded"):
+        try:
             is_due = self._wanted(step)
+        except Exception:
+            with self._sparing_training("schedule", "the step is not recorded"):
+                raise
+            self._recording.troubles.tell(6)
+            return
         if is_due:
             self._record_in_training()
-        else:
-            self._recording.troubles.tell(6)
 
     def _record_in_training(self) -> None:
         if self._is_lost and not self._recording.is_together:
@@ -359,7 +361,7 @@ class Recorder:
         self._recording.raise_together()
         self._recording.troubles.tell(7)
 
-    def _sparing_training(self, kind: str, so: str) -> AbstractContextManager[None]:
+    def _sparing_training(self, kind: str, so: str) -> AbstractContextManager[None, bool]:
         return self._recording.sparing_training(self.step, kind, so)
 
     def record(self) -> None:

@@ -274,8 +274,12 @@ class Baselines:
     @property
     def device_types(self) -> set[str]:
         """Where weights are measured: "cuda", "cpu" and so on."""
-        stored = zip(self._followed, self._all_stored(), strict=True)
-        living = [self.weights[name] if found is None else found for name, found in stored]
+        try:
+            stored = self._all_stored()
+        except Exception:  # of which weight, `pair` tells
+            stored = [None] * len(self._followed)
+        pairs = zip(self._followed, stored, strict=True)
+        living = [self.weights[name] if found is None else found for name, found in pairs]
         return {device.type for device in set(map(attrgetter("device"), living))} - {"meta"}
 
     def _sharded_weight(self, name: str, *, is_base: bool) -> EffectiveWeight | Adapted:

@@ -175,11 +175,11 @@ class Recording:
             kind: the kind of failure, told once.
             so: what comes of it, as the end of a sentence.
         """
-        with self._holding_back():
-            try:
-                yield
-            except Exception as error:
-                message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
+        try:
+            yield
+        except Exception as error:
+            message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
+            with self._holding_back():
                 self.troubles.note(kind, message, error)
 
     def raise_together(self) -> None:

@@ -173,6 +173,7 @@ def broken_weights(device: str) -> float:
         "shape": (replaced(lambda w: torch.zeros(3, 5, dtype=w.dtype, device=w.device)), "shard"),
         "meta": (replaced(lambda w: w.detach().to("meta")), "meta"),
         "gone": (replaced(lambda _: None), "."),
+        "unseen": (raising(Followed, "seen", RuntimeError("no such thing"), "module"), "no such"),
         "unread": (
             raising(Followed, "effective", RuntimeError("CUDA out of memory"), "module"),
             "out of memory",
