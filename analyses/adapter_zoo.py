@@ -1,4 +1,4 @@
-"""Run: `python -m analyses.adapter_zoo` (full: `--seeds 2 --steps 300 --batch-size 64`).
+"""Run: `python -m analyses.adapter_zoo` (full: `--seeds 1 --steps 200 --batch-size 64`).
 
 Every method of PEFT that has an effective weight, put on the query and value projections: same
 data, steps and batch size, no weight decay, each at the learning rate (of four) at which it finds

@@ -1,4 +1,4 @@
-"""Run: `python -m analyses.heads_and_norms` (full: `--seeds 3 --steps 500 --batch-size 128`).
+"""Run: `python -m analyses.heads_and_norms` (full: `--seeds 3 --steps 400 --batch-size 128`).
 
 Below and beyond matrices: ΔM and ΔD of every attention head's query and value, and of the weights
 of layer norms, over training, for full fine-tuning, LoRA and DoRA. As in the paper's recipe for

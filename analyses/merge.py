@@ -202,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = started.task.to(torch.device(options.device))
     table = measure(started.base, task, options)
     write_tables(options.out, "merge", {"": table}, digits=4)
-    write_about(options.out, "merge", {"steps": options.steps})
+    settings = {name: getattr(options, name) for name in ("steps", "batch_size", "texts", "rounds")}
+    write_about(options.out, "merge", settings | {"rank": 16, "seed": 0})
     files = save(draw(table), options.out / "figures" / "merge")
     print(table.to_string(index=False, float_format="{:.3g}".format))
     print(f"Wrote {', '.join(map(str, files))}")

@@ -84,10 +84,14 @@ def scores() -> str:
 def why() -> str:
     """What the study found of weight decay and of LoRA's line."""
     return "\n\n".join(
-        f"**{entry.title}** ([figure](figures/{entry.name}.png)). {entry.answer()}"
+        f"**{entry.title}** ([figure](figures/{entry.name}.png)). {_first(entry.answer())}"
         for entry in answers.ENTRIES
         if entry.name in ("weight_decay", "update_geometry")
     )
+
+
+def _first(text: str) -> str:
+    return text.split("\n\n")[0]
 
 
 def paper() -> str:

@@ -1,4 +1,4 @@
-"""Run: `python -m analyses.sign_map` (full setting: `--seeds 3 --steps 500 --batch-size 128`).
+"""Run: `python -m analyses.sign_map` (full setting: `--seeds 2 --steps 300 --batch-size 128`).
 
 When to expect which sign: the coupling of ΔM and ΔD across layers for every learning rate, rank,
 batch size and optimizer, with the paper's total weight decay and with none, and, of the middle

@@ -119,6 +119,13 @@ def test_adapter_zoo(small: list[str], tmp_path: Path) -> None:
     assert drawn(tmp_path, "adapter_zoo")
 
 
+def test_the_zoo_has_every_method_that_changes_query_and_value() -> None:
+    support = pd.read_csv(answers.ROOT / "analyses/results/peft_support.csv")
+    measured = set(support.loc[support["read"].notna(), "type"])
+    elsewhere = {"BEFT", "LN_TUNING", "TRAINABLE_TOKENS"}
+    assert measured - elsewhere == {kind for kind, _ in adapter_zoo.ZOO.values()}
+
+
 def test_update_geometry(small: list[str], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)]
     reproduce.main([*small, *HELD_OUT, *out, "--name", "runs"])
