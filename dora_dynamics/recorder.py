@@ -345,9 +345,8 @@ class Recorder:
         self.step = step
         try:
             is_due = self._wanted(step)
-        except Exception:
-            with self._sparing_training("schedule", "the step is not recorded"):
-                raise
+        except Exception as error:
+            self._recording.note_failure(step, "schedule", error, "it is not recorded")
             self._recording.troubles.tell(6)
             return
         if is_due:
@@ -361,7 +360,7 @@ class Recorder:
         self._recording.raise_together()
         self._recording.troubles.tell(7)
 
-    def _sparing_training(self, kind: str, so: str) -> AbstractContextManager[None, bool]:
+    def _sparing_training(self, kind: str, so: str) -> AbstractContextManager[None]:
         return self._recording.sparing_training(self.step, kind, so)
 
     def record(self) -> None:

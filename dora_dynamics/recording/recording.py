@@ -168,19 +168,24 @@ class Recording:
 
     @contextmanager
     def sparing_training(self, step: int, kind: str, so: str) -> Iterator[None]:
-        """Let training go on where this fails; where that is fatal, all processes raise at once.
-
-        Args:
-            step: the step at which it is done.
-            kind: the kind of failure, told once.
-            so: what comes of it, as the end of a sentence.
-        """
+        """Let training go on where this fails; the arguments are those of `note_failure`."""
         try:
             yield
         except Exception as error:
-            message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
-            with self._holding_back():
-                self.troubles.note(kind, message, error)
+            self.note_failure(step, kind, error, so)
+
+    def note_failure(self, step: int, kind: str, error: Exception, so: str) -> None:
+        """Take note of a failure; where it is fatal it is raised, by all processes at once.
+
+        Args:
+            step: the step at which it happened.
+            kind: the kind of failure, told once.
+            error: what was raised.
+            so: what comes of it, as the end of a sentence.
+        """
+        message = f"at step {step} the recorder failed ({in_words(error)}): {so}."
+        with self._holding_back():
+            self.troubles.note(kind, message, error)
 
     def raise_together(self) -> None:
         """Raise what failed on any process since the last call, on all of them; they all call this.
