@@ -38,7 +38,7 @@ class Entry:
         command: of its full setting.
         files: result files with a sweep's jobs, for the cost.
         figure: name of the figure.
-        more: further figures, by name, and what they are.
+        more: further figures: name, what it is, command.
     """
 
     name: str
@@ -49,7 +49,17 @@ class Entry:
     command: str
     files: tuple[str, ...] = ()
     figure: str = ""
-    more: tuple[tuple[str, str], ...] = ()
+    more: tuple[tuple[str, str, str], ...] = ()
+
+
+def _reproduce(name: str) -> str:
+    """The command that wrote the results of that name."""
+    model = " --model models/bart" if "bart" in name else ""
+    decay = " --weight-decay 0" if name.endswith("no_decay") else ""
+    return (
+        "python -m analyses.reproduce --seeds 5 --steps 1500 --batch-size 128 --held-out 1000 "
+        f"--data pairs.jsonl{model}{decay} --name {name}"
+    )
 
 
 ENTRIES: Final = (
@@ -60,15 +70,14 @@ ENTRIES: Final = (
         findings.reproduced,
         "ΔM against ΔD of MiniLM's query and value matrices, three panels each: LoRA's points rise "
         "on a line; FT's and DoRA's fall for value, and scatter for query.",
-        "python -m analyses.reproduce --seeds 5 --steps 1500 --batch-size 128 --held-out 1000 "
-        "--data pairs.jsonl --name reproduction_minilm",
+        _reproduce("reproduction_minilm"),
         findings.there(
             "reproduction_minilm", "reproduction_minilm_no_decay", "reproduction_bart",
             "reproduction_bart_no_decay",
         ),
         "reproduction_minilm",
         tuple(
-            (name, findings.RUNS[name])
+            (name, findings.RUNS[name], _reproduce(name))
             for name in findings.there(
                 "reproduction_bart", "reproduction_minilm_no_decay", "reproduction_bart_no_decay"
             )
@@ -200,7 +209,7 @@ def cost(entry: Entry) -> str:
 def paragraph(entry: Entry) -> str:
     """One recipe in analyses/README.md."""
     figure = f"{entry.figure or entry.name}.png"
-    more = "".join(f", [{words}](../figures/{name}.png)" for name, words in entry.more)
+    more = "".join(f", [{words}](../figures/{name}.png)" for name, words, _ in entry.more)
     return "\n".join(
         [
             f"## {entry.title} (`analyses.{entry.name}`)",
@@ -239,6 +248,11 @@ def gallery(text: str) -> str:
             f"| ![{entry.alt}]({figure}) | **{entry.title}** {entry.question} {entry.alt} "
             f"| `{entry.command}` |"
         )
+        lines += [
+            f"| ![The same figure: {words}.]({name}.png) | **{entry.title}** The same: {words}. "
+            f"| `{command}` |"
+            for name, words, command in entry.more
+        ]
     body = "\n".join([BEGIN, "", "## The study", "", *lines, "", END])
     text = _with_section(text, BEGIN, END, body)
     rest = _with_section(text, _recipes.BEGIN, _recipes.END, "")

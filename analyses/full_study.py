@@ -69,7 +69,7 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "3": (
         (
             "update_geometry --out {out} --runs reproduction_minilm reproduction_minilm_no_decay "
-            "reproduction_bart",
+            "reproduction_bart reproduction_bart_no_decay",
             "gradient_geometry --batches 64 {minilm} --out {out}",
             "merge {minilm} --out {out}",
         ),

@@ -266,6 +266,9 @@ def test_the_gallery_names_every_recipe_that_writes_results() -> None:
     }
     assert len(writing) > 20
     assert not {name for name in writing if f"analyses.{name}" not in gallery}
+    pictures = {path.name for path in (answers.ROOT / "figures").glob("*.png")}
+    assert len(pictures) > 15
+    assert not {name for name in pictures if f"({name})" not in gallery}
 
 
 def test_the_answers_are_those_of_the_results() -> None:
