@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dora_dynamics._arrays import Array, doubled_ranks, library_of, power_of_two
+from dora_dynamics._arrays import RECTANGLE, Array, Rows, library_of, power_of_two
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -24,14 +24,15 @@ RELATIVE_NOISE: Final = 1e-13
 __all__ = ["moments", "pearson", "relations", "slope", "spearman"]
 
 
-def moments(values: Array, used: Array, counts: Array) -> Array:
+def moments(values: Array, used: Array, counts: Array, rows: Rows = RECTANGLE) -> Array:
     """What `relations` takes of many sets of points: all that needs the points themselves.
 
     Args:
-        values: shape (variables, sets, n), finite, the first being x; 0 where a point does not
-            count.
+        values: shape (variables, sets, n), or as `rows` say; finite, the first being x; 0 where a
+            point does not count.
         used: shape (sets, n): 1 where a point counts, else 0.
         counts: shape (sets,): how many do.
+        rows: how the points of the sets lie.
 
     Returns:
         Shape (8 · variables − 2, sets), on the same device. Each set's numbers are its own, to
@@ -40,24 +41,27 @@ def moments(values: Array, used: Array, counts: Array) -> Array:
     library = library_of(values)
     some = counts.clip(1.0)
     with np.errstate(all="ignore"):
-        largest = library.amax(abs(values), -1)
+        largest = rows.largest(values)
         outer = power_of_two(largest)
-        deviations = values / outer[..., None]
+        deviations = values / rows.spread(outer)
         for _ in range(2):  # again for what rounding left of a large offset
-            mean = deviations.sum(-1) / some
-            deviations = (deviations - mean[..., None]) * used
-        most = library.amax(abs(deviations), -1)
+            (total,) = rows.sums(deviations)
+            deviations = (deviations - rows.spread(total / some)) * used
+        most = rows.largest(deviations)
         inner = power_of_two(most)
         filled = library.where(used == 0, float("inf"), values)  # ranked behind all that count
-        ranks = (doubled_ranks(filled) - counts[..., None]) * used
+        ranks = (rows.doubled_ranks(filled) - rows.spread(counts)) * used
+        products = [
+            *_products(deviations / rows.spread(inner)),
+            *_products(ranks),
+        ]
         return library.concatenate(
             [
                 largest,
                 outer,
                 most,
                 inner,
-                *_products(deviations / inner[..., None]),
-                *_products(ranks),
+                *rows.sums(*products),
             ]
         )
 
@@ -148,8 +152,8 @@ def _relation(x: ArrayLike, y: ArrayLike) -> tuple[float, float, float]:
 
 
 def _products(values: Array) -> tuple[Array, Array]:
-    """Of rows (variables, sets, n): the product of the first with each other, and the squares."""
-    return (values[0] * values[1:]).sum(-1), (values * values).sum(-1)
+    """The product of the first variable with each other, and the squares."""
+    return values[0] * values[1:], values * values
 
 
 def exponent_of(values: FloatArray) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dora_dynamics._arrays import Array, as_numbers, library_of
+from dora_dynamics._arrays import Array, as_numbers, is_finite, library_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +98,7 @@ def rescaled(units: Sequence[Array], P: Array, magnitude: Array) -> list[Array]:
     library = library_of(m_0)
     where = library.where
     with np.errstate(all="ignore"):
-        m = where(library.isfinite(turned_m), magnitude, NAN)
+        m = where(is_finite(turned_m), magnitude, NAN)
         m = where(turned_m == 0, 0.0, m)
         scale = where(m == 0, 0.0, m / turned_m)
         turned = where(m < 0, 2.0 - turned, turned)
@@ -120,7 +120,7 @@ def terms(units: Sequence[Array]) -> list[Array]:
     library = library_of(m_0)
     where = library.where
     with np.errstate(all="ignore"):
-        finite = library.isfinite(m_0) & library.isfinite(m)
+        finite = is_finite(m_0) & is_finite(m)
         directed = has_direction(turned, finite)
         measured = m_0 != 0
         moved = abs(difference)

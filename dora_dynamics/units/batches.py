@@ -1,8 +1,8 @@
 """The units of many weights in one array, and what their summaries need with few operations.
 
-Weights with as many units are taken together: on a device, where each operation is a launch, all
-of a model takes as many as there are different numbers of units in it, and a few numbers a weight
-go to the host.
+Weights with as many units are taken together, on a device others behind them: there each operation
+is a launch, of which all of a model takes some hundred and a few more for each different number of
+units in it, and a few numbers a weight go to the host.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
-from dora_dynamics._arrays import Array, library_of
+from dora_dynamics._arrays import Array, Stretches, library_of
 from dora_dynamics._kernels import on_device
 from dora_dynamics.units.summary import summary_sums, summary_terms
 
@@ -27,7 +27,7 @@ Ranges: TypeAlias = tuple[tuple[int, int], ...]
 
 _HOST_UNITS: Final = 1 << 13
 """Units taken at a time on the CPU: what is made of them stays in a core's cache."""
-_DEVICE_UNITS: Final = 1 << 18
+_DEVICE_UNITS: Final = 1 << 19
 """Units taken at a time on a device: what is made of them is some 25 arrays as long."""
 
 
@@ -43,13 +43,14 @@ def batched_sums(units: Sequence[Array], weights: Sequence[Ranges]) -> tuple[Arr
     """
     library = library_of(units[0])
     device = None if library is np else units[0].device
-    batches = _batches(tuple(weights), device)
     if device is None:
+        batches = _batches(tuple(weights))
         found = [summary_sums(summary_terms([a[i] for a in units])) for _, i in batches]
-    else:
-        terms = summary_terms(units)
-        found = [summary_sums(terms[:, index]) for _, index in batches]
-    return library.concatenate(found, 1), [i for some, _ in batches for i in some]
+        return library.concatenate(found, 1), [i for some, _ in batches for i in some]
+    terms = summary_terms(units)
+    stretches = _stretches(tuple(weights), device)
+    found = [summary_sums(terms.index_select(1, i), rows) for _, i, rows in stretches]
+    return library.concatenate(found, 1), [i for some, _, _ in stretches for i in some]
 
 
 def length(ranges: Ranges) -> int:
@@ -69,18 +70,40 @@ def picked(units: NDArray[np.float64], ranges: Ranges) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=8)
 def _batches(
-    weights: tuple[Ranges, ...], device: torch.device | None
-) -> list[tuple[list[int], Array]]:
+    weights: tuple[Ranges, ...], most: int | None = None
+) -> list[tuple[list[int], NDArray[np.intp]]]:
     """Which weights are taken together, and where their units are, shape (weights, units)."""
+    most = _HOST_UNITS if most is None else most
     by_length: dict[int, list[int]] = {}
     for i, ranges in enumerate(weights):
         by_length.setdefault(length(ranges), []).append(i)
-    most = _HOST_UNITS if device is None else _DEVICE_UNITS
-    batches: list[tuple[list[int], Array]] = []
+    batches = []
     for count, members in by_length.items():
         step = max(1, most // count)
         for first in range(0, len(members), step):
             some = members[first : first + step]
-            index = np.stack([positions(weights[i]) for i in some])
-            batches.append((some, index if device is None else on_device(index, device)))
+            batches.append((some, np.stack([positions(weights[i]) for i in some])))
     return batches
+
+
+@lru_cache(maxsize=8)
+def _stretches(
+    weights: tuple[Ranges, ...], device: torch.device
+) -> list[tuple[list[int], torch.Tensor, Stretches]]:
+    """The same on a device, several lengths together: weights, where their units are, and rows."""
+    together: list[list[tuple[list[int], NDArray[np.intp]]]] = []
+    taken = 0
+    for batch in _batches(weights, _DEVICE_UNITS):
+        taken += batch[1].size
+        if not together or taken > _DEVICE_UNITS:
+            together.append([])
+            taken = batch[1].size
+        together[-1].append(batch)
+    return [
+        (
+            [i for some, _ in batches for i in some],
+            on_device(np.concatenate([index.ravel() for _, index in batches]), device),
+            Stretches([(len(index), index.shape[1]) for _, index in batches], device),
+        )
+        for batches in together
+    ]

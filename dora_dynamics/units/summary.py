@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dora_dynamics._arrays import Array, as_numbers, library_of
+from dora_dynamics._arrays import RECTANGLE, Array, Rows, as_numbers, is_finite, library_of
 from dora_dynamics.correlation import moments, relations
 from dora_dynamics.units.arithmetic import DIRECTED, MEASURES, TERMS, Measures, measures, terms
 
@@ -51,26 +51,26 @@ def summary_terms(units: Sequence[Array]) -> Array:
     found = terms(units)
     directed = found[DIRECTED]
     turned, difference = units[3], units[2]
-    values, bad = [], []
-    for value in (turned, abs(difference), difference):
-        finite = library.isfinite(value)
-        values.append(library.where(finite, value, 0.0) * directed)
-        bad.append(directed * as_numbers(~finite))
-    return library.stack([*found, *bad, *values])
+    values = library.stack([turned, abs(difference), difference])
+    finite = is_finite(values)
+    bad = directed * as_numbers(~finite)
+    values = library.where(finite, values, 0.0) * directed
+    return library.concatenate([library.stack(found), bad, values])
 
 
-def summary_sums(terms: Array) -> Array:
-    """All that a summary needs of the units, of weights with as many units each.
+def summary_sums(terms: Array, rows: Rows = RECTANGLE) -> Array:
+    """All that a summary needs of the units of weights.
 
     Args:
-        terms: shape (16, weights, units), of `summary_terms`.
+        terms: shape (16, weights, units), of `summary_terms`, or as `rows` say.
+        rows: how the units of the weights lie.
 
     Returns:
         Shape (35, weights), on the same device, for `finished`. Each weight's numbers are its own,
         to the last bit of numpy's, whatever the others are.
     """
-    sums = terms[: TERMS + 3].sum(-1)
-    found = moments(terms[TERMS + 3 :], terms[DIRECTED], sums[DIRECTED])
+    (sums,) = rows.sums(terms[: TERMS + 3])
+    found = moments(terms[TERMS + 3 :], terms[DIRECTED], sums[DIRECTED], rows)
     return library_of(terms).concatenate([sums, found])
 
 
