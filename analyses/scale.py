@@ -95,8 +95,8 @@ MODELS: Final = {
 
 
 def wire_bytes(units: int, sites: int) -> int:
-    """Bytes of the all-reduced buffer: four sums a unit, and of each site two numbers."""
-    return 8 * (4 * units + 2 * sites)
+    """Bytes of the all-reduced buffer: four sums a unit, and of each site four numbers."""
+    return 8 * (4 * units + 4 * sites)
 
 
 def simulated_bytes(matrices: Sequence[tuple[int, int]], devices: int, rank: int) -> int:
