@@ -77,7 +77,7 @@ def original(module: nn.Module) -> nn.Module:
     """
     if _is_wrapper(module):
         module = cast("nn.Module", module.original_module)
-    while isinstance(below := getattr(module, "base_layer", None), nn.Module):
+    while isinstance(below := _layer_below(module), nn.Module):
         module = below
     return module
 
@@ -117,8 +117,8 @@ def acting_layer(model: nn.Module, path: str, parameter: str) -> tuple[nn.Module
 
 def is_tuner_layer(module: nn.Module) -> bool:
     """Whether the module is an adapter layer of PEFT."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+    kind: Any = type(module)
+    return "peft.tuners.tuners_utils" in sys.modules and _is_tuner_class(kind)
 
 
 def is_merged(module: nn.Module) -> bool:
@@ -151,7 +151,8 @@ def magnitude_vector(layer: nn.Module) -> Tensor | None:
 def adds_to_base(layer: nn.Module) -> bool:
     """Whether a layer is plain LoRA, whose magnitude is that of the base weight below it."""
     variants = getattr(layer, "lora_variant", {})
-    return package_of(layer) == "lora" and not any(a in variants for a in active_adapters(layer))
+    varied = bool(variants) and any(a in variants for a in active_adapters(layer))
+    return package_of(layer) == "lora" and not varied
 
 
 def refuse_layer(layer: nn.Module) -> None:
@@ -169,7 +170,7 @@ def refuse_layer(layer: nn.Module) -> None:
         if acts_for is not None and package_of(acts_for) == "xlora":
             _refuse("X-LoRA", REFUSED["xlora"])
         variants = getattr(part, "lora_variant", {})
-        for adapter in active_adapters(part):
+        for adapter in active_adapters(part) if variants else ():
             name = type(variants.get(adapter)).__name__
             if name in _REFUSED_VARIANTS:
                 _refuse(*_REFUSED_VARIANTS[name])
@@ -230,7 +231,22 @@ def chain(layer: nn.Module) -> Iterator[nn.Module]:
     """The tuner layers around one plain layer, from the outside in."""
     while is_tuner_layer(layer):
         yield layer
-        layer = cast("nn.Module", layer.base_layer)
+        layer = cast("nn.Module", _layer_below(layer))
+
+
+def _layer_below(module: nn.Module) -> object:
+    """`module.base_layer`, None where there is none.
+
+    Looked for where modules keep theirs: to find that an attribute is none takes torch far longer.
+    """
+    found = module._modules.get("base_layer")
+    if found is None and (
+        type(module).__getattr__ is not nn.Module.__getattr__
+        or "base_layer" in module.__dict__
+        or hasattr(type(module), "base_layer")
+    ):
+        return getattr(module, "base_layer", None)
+    return found
 
 
 def package_of(module: nn.Module) -> str:
@@ -248,6 +264,11 @@ def _is_wrapper(module: nn.Module) -> bool:
     """Whether it is one of PEFT's wrappers around trained copies and tokens."""
     kind: Any = type(module)
     return "peft" in sys.modules and _is_wrapper_class(kind)
+
+
+@lru_cache(maxsize=1024)
+def _is_tuner_class(kind: Any) -> bool:
+    return issubclass(kind, sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer)
 
 
 @lru_cache(maxsize=1024)

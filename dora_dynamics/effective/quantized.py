@@ -63,7 +63,7 @@ def is_quantized(module: nn.Module) -> bool:
     """Whether the layer itself (nothing inside it) holds its weight as codes."""
     if _registered(module) is not None:
         return True
-    if any(name in module._parameters or name in module._buffers for name in CODES):
+    if not (CODES.isdisjoint(module._parameters) and CODES.isdisjoint(module._buffers)):
         return True
     weight = module._parameters.get("weight")
     return weight is not None and (
@@ -120,10 +120,12 @@ def dequantized_module(module: nn.Module) -> nn.Linear:
 
 def has_dequantizer(module: nn.Module) -> bool:
     """Whether a dequantizer is registered for the class of the module or one of its bases."""
-    return bool(_dequantizers) and _registered(module) is not None
+    return _registered(module) is not None
 
 
 def _registered(module: nn.Module) -> Callable[[nn.Module], Tensor] | None:
+    if not _dequantizers:
+        return None
     return next((_dequantizers[cls] for cls in type(module).__mro__ if cls in _dequantizers), None)
 
 
