@@ -172,7 +172,7 @@ class Measurement:
         """Take along what is measured already: sharded weights, by all processes together."""
         for units in changes:
             (place,) = self._placed([0], [len(units)], units.arrays()).values()
-            self._sites.append((place.device, ((place.first, place.first + place.count),)))
+            self._sites.append((place.device, ((place.first, place.first + place.units),)))
 
     def start(self) -> None:
         """Begin to summarize what was added, and the transfer of that to the host."""
@@ -301,7 +301,7 @@ class _Place(NamedTuple):
 
     device: torch.device
     first: int
-    count: int
+    units: int
 
 
 def _measure_sharded(
@@ -353,6 +353,6 @@ def _span(sites: Sequence[Site]) -> Site:
 def _within(site: Site, span: Site, place: _Place) -> Ranges:
     """Where the units of a site are, which is a part of a span that has its place."""
     if site.rows == span.rows or site.rows is None:
-        return ((place.first, place.first + place.count),)
+        return ((place.first, place.first + place.units),)
     first = place.first - (span.rows[0][0] if span.rows else 0)
     return tuple((first + start, first + stop) for start, stop in site.rows)

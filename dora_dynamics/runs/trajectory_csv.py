@@ -70,16 +70,16 @@ def header() -> bytes:
 
 def formatted(rows: Iterable[Mapping[str, object]]) -> bytes:
     """Rows as lines of the table."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    for row in rows:
-        writer.writerow(
+    lines = [
+        ",".join(
             [
-                value if type(value) is float and value == value else _cell(value, is_text)
+                repr(value) if type(value) is float and value == value else _cell(value, is_text)
                 for value, is_text in zip(_in_order(row), _IS_TEXT, strict=True)
             ]
         )
-    return buffer.getvalue().encode()
+        for row in rows
+    ]
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def parsed(stream: BinaryIO) -> pd.DataFrame:
@@ -194,15 +194,20 @@ def _converters(names: list[str]) -> list[Callable[[str], object]]:
     ]
 
 
-def _cell(value: object, is_text: bool) -> object:
-    """A value as it stands in the file, but for Python's own numbers: csv writes them in full."""
+def _cell(value: object, is_text: bool) -> str:
+    """A value as it stands in the file."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
     if is_text:
         return _text_cell(str(value))
-    return repr(float(value)) if isinstance(value, float) else value
+    return repr(float(value)) if isinstance(value, float) else str(value)
 
 
 @lru_cache(maxsize=4096)
 def _text_cell(text: str) -> str:
-    return f"'{text}" if _FORMULA.match(text) else text
+    """A name, which comes again at every step; quoted where csv quotes it among others."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(
+        [f"'{text}" if _FORMULA.match(text) else text, ""]
+    )
+    return buffer.getvalue().removesuffix(",\n")
