@@ -59,7 +59,7 @@ def calls(method: str, blocks: int, folder: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("method", "most"), [("FT", 200), ("LoRA", 260), ("DoRA", 270), ("PEFT", 620)]
+    ("method", "most"), [("FT", 200), ("LoRA", 260), ("DoRA", 270), ("PEFT", 470)]
 )
 def test_work_a_weight_is_bounded(method: str, most: int, tmp_path: Path) -> None:
     """A recorded step: so many calls a weight. Any other: none, however many there are."""
