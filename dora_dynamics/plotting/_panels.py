@@ -51,6 +51,9 @@ _Corner: TypeAlias = Literal[
 _LOWER: Final[tuple[_Corner, _Corner]] = ("outside lower left", "outside lower right")
 _RIGHT: Final[tuple[_Corner, _Corner]] = ("outside right upper", "outside right lower")
 
+_LARGEST_DRAWN: Final = 1e300
+"""Beyond it matplotlib finds no end of an axis."""
+
 
 def checked(table: pd.DataFrame, text: Iterable[str], numbers: Iterable[str]) -> pd.DataFrame:
     """The rows with these columns, text as text and numbers as float64, indexed by position.
@@ -77,12 +80,20 @@ def checked(table: pd.DataFrame, text: Iterable[str], numbers: Iterable[str]) ->
 
 
 def finite(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """The rows whose `columns` are all finite, index kept; `InputError` where none is left."""
+    """The rows whose `columns` are all finite, index kept.
+
+    Raises:
+        InputError: none is left, or one holds a number too large for an axis.
+    """
     good = np.isfinite(rows[list(columns)].to_numpy(dtype=np.float64)).all(axis=1)
     kept: pd.DataFrame = rows.loc[good].copy()
     if kept.empty:
         names = " and ".join(repr(name) for name in columns)
         raise InputError(f"no row to draw: {names} are nowhere finite after step 0.")
+    for name in columns:
+        largest = float(kept[name].abs().max())
+        if largest > _LARGEST_DRAWN:
+            raise InputError(f"column {name!r} holds {largest:.3g}: that is too large to draw.")
     return kept
 
 

@@ -258,7 +258,7 @@ class UnitRows:
         Returns:
             Pearson, Spearman and slope, shape (resamples, 3); NaN where no row is left.
         """
-        finite = np.isfinite(self.values)
+        finite = np.abs(self.values) < _LARGEST_SLOPE  # NaN is not
         sums, counts = np.zeros((2, self.layers, self.runs, len(ESTIMATES)))
         np.add.at(sums, (self.layer, self.run), np.where(finite, self.values, 0.0))
         np.add.at(counts, (self.layer, self.run), finite)

@@ -312,3 +312,5 @@ def test_what_cannot_be_drawn_is_said_in_one_sentence() -> None:
         magnitude_direction(table.assign(delta_magnitude="many"))
     with pytest.raises(ValueError, match="nowhere finite after step 0"):
         magnitude_direction(table[table["step"] == 0])
+    with pytest.raises(ValueError, match=r"^column 'delta_magnitude' holds 1e\+308: that is too"):
+        magnitude_direction(table.assign(delta_magnitude=1e308))

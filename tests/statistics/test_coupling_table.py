@@ -36,6 +36,14 @@ def test_units_are_the_means_over_rows() -> None:
     assert (found["n"], found["units"], found["layers"], found["runs"]) == (48, 8 * 48, 6, 2)
 
 
+def test_slopes_of_units_beyond_floating_point_have_a_reason() -> None:
+    trajectory = simulated(layers=6)
+    found = one(trajectory.assign(unit_slope=1.7e308), "units")
+    assert found[["slope", "slope_low", "slope_high"]].isna().all()
+    assert "no finite values of the slope inside matrices" in found["reason"]
+    assert found["pearson"] == one(trajectory, "units")["pearson"]
+
+
 @pytest.mark.parametrize("level", [*CELLS, "units"])
 def test_signed_reads_the_signed_columns(level: Level) -> None:
     trajectory = simulated()
