@@ -288,7 +288,7 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
         latency.errorbar(ratio, at, xerr=errors, fmt="none", ecolor="#333333", elinewidth=0.8)
         latency.scatter(ratio, at, color=colours, zorder=3)
         latency.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
-        names = merged["by"].replace("original", "again")
+        names = merged["by"].replace("original", "original,\nagain")
         latency.set_yticks(at, names, fontsize=7)
         reach = max(
             0.05, 1.2 * float(np.abs(merged[["ratio_low", "ratio_high"]] - 1).to_numpy().max())
