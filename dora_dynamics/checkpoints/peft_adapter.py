@@ -90,6 +90,7 @@ def read_peft_adapter(contents: Contents, base: Mapping[str, StoredTensor]) -> A
     unmatched = list(found.unmatched)
     if kind == "LORA":
         _refuse_changed_base(contents)
+        _check_types(contents)
     if kind == "LN_TUNING":
         updates = _norms(found)
         method = "LN tuning"
@@ -347,6 +348,17 @@ def _check_factors(
             f"and the base's is {base.shape}: the adapter belongs to another base"
             f"{_named_base(contents.adapter_config)}."
         )
+
+
+def _check_types(contents: Contents) -> None:
+    """Refuse what PEFT would take for something else: "false" is true to it."""
+    config, where = contents.adapter_config, contents.path
+    for name in ("use_dora", "use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(name), (bool, type(None))):
+            raise CheckpointError(f"{where}: its {name} is {config[name]!r}, not true or false.")
+    for name in ("alpha_pattern", "rank_pattern"):
+        if not isinstance(config.get(name), (Mapping, type(None))):
+            raise CheckpointError(f"{where}: its {name} is {config[name]!r}, not an object.")
 
 
 def _scaling(module: str, rank: int, contents: Contents) -> float:

@@ -174,6 +174,8 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "a rank for gigabytes": adapter(peft_type="LOHA", r=10**9),
     "an alpha beyond numbers": adapter(lora_alpha=10**400),
     "an infinite alpha": adapter(lora_alpha=1e308),
+    "a word for false": adapter(use_rslora="false"),
+    "patterns in a list": adapter(alpha_pattern=["q_proj", 3]),
     "other targets": adapter(target_modules=["k_proj"]),
     "a kind of its own": adapter(peft_type="../../etc/passwd"),
 }
