@@ -48,6 +48,11 @@ Place = Literal["device", "host", "file"]
 
 _TORCHS_OWN: Final = (torch.Tensor, torch.nn.Parameter)
 
+_WITHOUT_VALUES: Final = (
+    "{} had no values when the recorder was made (it was on the meta device): make it after the "
+    "weights are loaded, or pass baseline=."
+)
+
 
 class Baselines:
     """W_0 of every followed tensor, and what is to be measured against it.
@@ -124,6 +129,8 @@ class Baselines:
                     f"{name} was sharded when its baseline was taken and is whole now: attach the "
                     "recorder to the model as it was sharded then."
                 )
+            if weight.is_meta:
+                raise BaselineError(_WITHOUT_VALUES.format(name))
             self.weights[name] = weight = self._placed(weight, stored)
             if _is_frozen(stored):
                 here = weight.to(stored.device, _as_loaded(weight, stored))
@@ -221,6 +228,8 @@ class Baselines:
                 another shape by now, or no values.
         """
         where, weight = self._followed[name], self.weights[name]
+        if weight.is_meta:
+            raise BaselineError(_WITHOUT_VALUES.format(name))
         if name in self._shared:
             self._check_unchanged(name)
         stored, known = self._look(name)
@@ -241,7 +250,7 @@ class Baselines:
                 f"{name} was whole when its baseline was taken and is sharded now: make the "
                 "recorder after the model is sharded."
             )
-        if now.is_meta and not weight.is_meta:
+        if now.is_meta:
             raise BaselineError(f"{name} has lost its values: it is on the meta device.")
         if now.shape != weight.shape:
             raise BaselineError(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import dora_dynamics as dd
+from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -253,6 +254,17 @@ def test_a_weight_that_cannot_be_measured_costs_its_own_rows_and_one_warning(
     model = model_of()
     with pytest.raises((ValueError, TypeError), match=reason):
         recorded(model, spoil, strict=True)
+
+
+def test_a_model_without_values_is_refused_as_that() -> None:
+    with torch.device("meta"):
+        model = model_of()
+    with pytest.raises(InputError, match="query had no values when the recorder was made"):
+        dd.Recorder(model, ["query"]).record()
+    early = dd.Recorder(model, ["query"])
+    model.to_empty(device="cpu")
+    with pytest.raises(InputError, match=r"on the meta device.*after the weights are loaded"):
+        early.start(torch.optim.SGD(model.parameters()))
 
 
 def test_all_weights_may_be_unmeasured_and_it_is_told_again_when_it_comes_back() -> None:
