@@ -3,10 +3,10 @@
 A second starting point for the study, which nobody has fine-tuned before: how well a small model
 learns the source text of the installed Python packages from random weights. It is an
 encoder–decoder in BART's shape (6 + 6 layers, as the paper's model) that restores masked spans, or
-a decoder in LLaMA's shape (12 layers) that tells the next token. Windows are short, so that the
-decoder soon learns to look into the encoder; the loss with nothing but masks in the encoder tells
-whether it did (in windows of 256 tokens, at twice the learning rate, it did not). The study takes
-it by
+a decoder in LLaMA's shape (12 layers) that tells the next token. A small encoder–decoder learns to
+look into its encoder only if its attention begins far enough from even (weights of 1/√width; with
+those of BART's own 0.02 it does not), and sooner in short windows. The loss with nothing but masks
+in the encoder tells whether it did. The study takes it by
 
     python -m analyses.reproduce --model models/bart --data pairs.jsonl
 
@@ -142,6 +142,7 @@ def make_model(settings: Settings) -> nn.Module:
     return BartForConditionalGeneration(
         BartConfig(
             d_model=width,
+            init_std=width**-0.5,
             dropout=0.0,
             use_cache=False,
             decoder_start_token_id=END,
