@@ -129,6 +129,23 @@ class TestSchedule:
         with pytest.raises(ValueError, match="every must be"):
             dd.Recorder(tiny_transformer(), ["query"], every=every)
 
+    def test_one_that_fails_costs_its_steps_and_no_training(
+        self, tiny_transformer: Build, train: Train
+    ) -> None:
+        def every(step: int) -> bool:
+            return 1 / (step - 2) > 0
+
+        model = tiny_transformer()
+        recorder = dd.Recorder(model, ["query"], every=every)
+        optimizer = adamw(model)
+        with pytest.warns(UserWarning, match=r"at step 2 .*division by zero.*not recorded"):
+            with recorder.attach(optimizer):
+                train(model, optimizer, 4)
+        assert recorded_steps(recorder) == [0, 3, 4]
+        strict = dd.Recorder(model, ["query"], every=every, strict=True)
+        with pytest.raises(ZeroDivisionError), strict.attach(optimizer):
+            train(model, optimizer, 4)
+
     def test_attached_twice_goes_on_counting(self, tiny_transformer: Build, train: Train) -> None:
         model = tiny_transformer()
         recorder = dd.Recorder(model, ["query"], every=2)

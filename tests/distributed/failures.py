@@ -32,6 +32,7 @@ from tests.distributed.recording import (
     Twin,
     adapted,
     by_fsdp,
+    by_tp,
     net,
     one_folder,
     optimizer_of,
@@ -108,8 +109,13 @@ class Run:
         mesh = init_device_mesh(device, (dist.get_world_size(),))
         if "PiSSA" in method:
             options["baseline"] = dd.capture_baseline(net(device), TARGETS)
-        self.model = adapted(net(device), method)
-        by_fsdp(self.model, mesh)
+        self.by_tp = method == "tensor parallel"
+        if self.by_tp:
+            self.model: nn.Module = net(device, torch.float64, values=2 * mesh.size())
+            by_tp(self.model, mesh)
+        else:
+            self.model = adapted(net(device), method)
+            by_fsdp(self.model, mesh)
         self.optimizer = optimizer_of(self.model)
         self.options = options
         self.losses: list[float] = []
@@ -117,7 +123,8 @@ class Run:
 
     def train(self, *, steps: Sequence[int] = range(STEPS)) -> None:
         for step in steps:
-            self.losses.append(step_with(self.model, self.optimizer, step))
+            loss = step_with(self.model, self.optimizer, step, alike=self.by_tp)
+            self.losses.append(loss)
 
     def record(
         self, fault: Fault | None = None, *, ranks: Sequence[int] = (1,), at: Sequence[int] = BROKEN
@@ -179,7 +186,7 @@ def broken_weights(device: str) -> float:
             "out of memory",
         ),
     }
-    methods = ["FT", "DoRA"] + ["PiSSA PEFT DoRA"] * HAS_PEFT
+    methods = ["FT", "DoRA", "tensor parallel"] + ["PiSSA PEFT DoRA"] * HAS_PEFT
     if IS_CAMPAIGN:
         methods += ["LoRA", "PEFT LoRA", "PEFT DoRA"][: 3 if HAS_PEFT else 1]
     unwatched = Run(device, "FT")
