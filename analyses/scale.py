@@ -2,12 +2,13 @@
 
 What a record costs when 8B, 70B and 405B models train on 8 to 1,024 devices: a model on paper.
 
-Measured: how fast sums are read, and what bringing a unit's sums to the host adds, from the H200's
-rows of `analyses/results/performance_nvidia-h200.csv`; what a unit costs the host (magnitudes,
-rows, rank correlations), on this machine. Counted: the bytes of the all-reduce, by the recorder's
-own code on one process of a group that is not there (`simulated_bytes`), and held against the
-formula. Assumed: `ASSUMPTIONS`. The recorder follows every linear layer, weights are sharded by
-FSDP2 over all devices; FT in fp32 shards with W_0 beside them, LoRA of rank 16 on frozen bf16.
+Measured: how fast sums are read, and what bringing a unit's sums to the host adds, from the H100's
+rows of `analyses/results/performance_nvidia-h100-80gb-hbm3.csv`; what a unit costs the host
+(magnitudes, rows, rank correlations), on this machine. Counted: the bytes of the all-reduce, by
+the recorder's own code on one process of a group that is not there (`simulated_bytes`), and held
+against the formula. Assumed: `ASSUMPTIONS`. The recorder follows every linear layer, weights are
+sharded by FSDP2 over all devices; FT in fp32 shards with W_0 beside them, LoRA of rank 16 on frozen
+bf16.
 
 Writes analyses/results/scale.csv and figures/scale.{png,svg}.
 """
@@ -40,7 +41,7 @@ from dora_dynamics.trajectory import trajectory_row
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MEASURED: Final = Path(__file__).parent / "results" / "performance_nvidia-h200.csv"
+MEASURED: Final = Path(__file__).parent / "results" / "performance_nvidia-h100-80gb-hbm3.csv"
 DEVICES: Final = (8, 16, 32, 64, 128, 256, 512, 1024)
 RANK: Final = 16
 ASSUMPTIONS: Final = {
@@ -51,7 +52,7 @@ ASSUMPTIONS: Final = {
     "gb_per_s_to_the_host": 10.0,  # the buffer of sums goes up and down, from pageable memory
     "tokens_per_device": 16384,
     "flops": 989e12 * 0.4,  # of a device in training
-    "bytes_of_memory": 141e9,
+    "bytes_of_memory": 80e9,
     "bytes_per_trained_weight": 16,  # fp32 weight, gradient, two moments
 }
 
