@@ -23,7 +23,7 @@ from dora_dynamics._kernels.queueing import (
     queue_dense_sums,
     queue_low_rank_sums,
 )
-from dora_dynamics._kernels.sums import UnitSums, on_device
+from dora_dynamics._kernels.sums import UnitSums, on_device, queued
 
 __all__ = [
     "LowRankUpdate",
@@ -37,4 +37,5 @@ __all__ = [
     "on_device",
     "queue_dense_sums",
     "queue_low_rank_sums",
+    "queued",
 ]

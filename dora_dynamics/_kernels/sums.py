@@ -68,15 +68,28 @@ def to_host(sums: Tensor) -> Callable[[], NDArray[np.float64]]:
         return sums.cpu().numpy
     host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
     host.copy_(sums, non_blocking=True)
-    event: Any = torch.cuda.Event
-    copied = event(blocking=True)
-    copied.record(torch.cuda.current_stream(sums.device))
+    copied = queued(sums.device)
 
     def wait() -> NDArray[np.float64]:
-        copied.synchronize()
+        copied()
         array: NDArray[np.float64] = host.numpy()
         return array
 
+    return wait
+
+
+def queued(device: torch.device | None = None) -> Callable[[], object]:
+    """What waits until a GPU, by default the present one, has done what is queued up to now.
+
+    It waits for the stream of now, without keeping a core busy or holding the interpreter; for
+    nothing where no GPU is used.
+    """
+    cuda: Any = torch.cuda
+    if not cuda.is_initialized():
+        return lambda: None
+    reached = cuda.Event(blocking=True)
+    reached.record(cuda.current_stream(device))
+    wait: Callable[[], object] = reached.synchronize
     return wait
 
 

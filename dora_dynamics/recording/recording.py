@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from dora_dynamics._kernels import queued
 from dora_dynamics.recording.backlog import Backlog
 from dora_dynamics.recording.measuring import Measuring
 from dora_dynamics.recording.rows import RecordedRows
@@ -252,7 +253,7 @@ class Recording:
             )
             self.last = step
             if self._baseline.is_on_gpu and not effective:
-                self._backlog.add(partial(self._store_beside_training, recorded))
+                self._backlog.add(partial(self._store_beside_training, recorded), queued())
             else:
                 self._store(recorded)
 

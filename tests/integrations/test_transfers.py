@@ -41,6 +41,7 @@ class Far(torch.Tensor):
 
     held: torch.Tensor
     place = FAR
+    is_meta = False  # it has values
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Far:

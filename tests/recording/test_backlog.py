@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from dora_dynamics.recording import backlog as module
 from dora_dynamics.recording.backlog import LIMIT, Backlog
 
 
@@ -75,3 +76,21 @@ def test_an_error_is_raised_by_the_next_call_and_the_rest_is_done() -> None:
     backlog.add(lambda: done.append(3))  # a thread anew
     backlog.close()
     assert done == [1, 2, 3]
+
+
+def test_work_behind_a_device_leaves_a_moment_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause that nobody could sit out is cut short by more work and by who waits."""
+    monkeypatch.setattr(module, "PAUSE", 3600.0)
+    backlog, device, done = Backlog(), threading.Event(), threading.Event()
+    backlog.add(done.set, device.wait)
+    device.set()
+    assert not done.wait(0.05)
+    backlog.add(lambda: None)
+    assert done.wait(60)
+    backlog.wait()
+    done.clear()
+    backlog.add(done.set, device.wait)  # nothing is behind it any more
+    assert not done.wait(0.05)
+    backlog.wait()
+    assert done.is_set()
+    backlog.close()
