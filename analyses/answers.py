@@ -52,6 +52,12 @@ class Entry:
     more: tuple[tuple[str, str, str], ...] = ()
 
 
+RANK: Final = (
+    "python -m analyses.rank --seeds 3 --steps 400 --batch-size 128 --held-out 1000 "
+    "--data pairs.jsonl"
+)
+
+
 def _reproduce(name: str) -> str:
     """The command that wrote the results of that name."""
     model = " --model models/bart" if "bart" in name else ""
@@ -167,9 +173,12 @@ ENTRIES: Final = (
         findings.ranks,
         "Score against rank for LoRA and DoRA beside the paper's Table 15; coupling and effective "
         "rank against rank.",
-        "python -m analyses.rank --seeds 3 --steps 400 --batch-size 128 --held-out 1000 "
-        "--data pairs.jsonl",
-        ("rank",),
+        RANK,
+        findings.there("rank", "rank_no_decay"),
+        more=tuple(
+            (name, "no decay", f"{RANK} --no-decay --name {name}")
+            for name in findings.there("rank_no_decay")
+        ),
     ),
     Entry(
         "merge", "Merging",
