@@ -21,6 +21,7 @@ from dora_dynamics.recording.resume import choose_baseline, read_progress
 from dora_dynamics.runs import directory as run_directory
 from dora_dynamics.runs.directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
+from dora_dynamics.sharded.collectives import all_alike
 from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import Site, check_ties, find_sites, once, other_names, tensor_names
 
@@ -288,12 +289,13 @@ class Recorder:
         """
         self._watch.end()
         self._recording.wait()
-        expose(self._model)
-        watched = [unwrapped(optimizer) for optimizer in optimizers]
-        self._followed = follow(self._model, self.sites)
-        check_ties(self.sites, tensor_names(self._model), stacklevel=5)
-        self._watch.follow(self._followed)
-        self._recording.check_kept()
+        with all_alike(self._baseline.is_sharded):
+            expose(self._model)
+            watched = [unwrapped(optimizer) for optimizer in optimizers]
+            self._followed = follow(self._model, self.sites)
+            check_ties(self.sites, tensor_names(self._model), stacklevel=5)
+            self._watch.follow(self._followed)
+            self._recording.check_kept()
         self._baseline.settle(self._followed)
         self._check_baseline()
         self._watch.check_trains(watched, stacklevel=5)

@@ -122,7 +122,8 @@ class Recording:
 
     def describe(self) -> None:
         """Write `run.json`, now or when the disk takes it."""
-        self.rows.describe(self.info)
+        with self._holding_back():
+            self.rows.describe(self.info)
 
     def wait(self) -> None:
         """Return when all rows are there."""

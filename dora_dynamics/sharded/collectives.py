@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from dora_dynamics.sharded.holding import FailedElsewhereError, ShardingError, held
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -178,14 +179,21 @@ def by_main_process(action: Callable[[], object], *, together: bool) -> None:
         together: whether all processes are here; then what the action raises, all of them raise,
             so that none waits for one that has ended.
     """
-    error: Exception | None = None
-    if is_main_process():
-        try:
+    with all_alike(together):
+        if is_main_process():
             action()
-        except Exception as raised:
-            if not together:
-                raise
-            error = raised
+
+
+@contextmanager
+def all_alike(together: bool) -> Iterator[None]:
+    """What is raised within it on any process, all of them raise; if they are here `together`."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        if not together:
+            raise
+        error = raised
     if together:
         raise_on_all(error)
 
