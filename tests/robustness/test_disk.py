@@ -233,7 +233,9 @@ class TestRemovedFolder:
 
         def replaced() -> None:
             shutil.rmtree(run)
-            dd.Recorder(tiny_transformer(), ["key"], run_dir=run, run="other").record()
+            other = dd.Recorder(tiny_transformer(), ["key"], run_dir=run, run="other")
+            other.record()
+            other.state_dict()  # what a thread writes is written
 
         recorder, losses, said = watched(tiny_transformer(), train, run, {3: replaced})
         assert losses == unwatched
