@@ -103,7 +103,8 @@ def reproduced() -> str:
             f"({pre['parameters'] / 1e6:.0f}M parameters, {pre['settings']['layers']} layers), "
             f"pre-trained here from random weights on {pre['tokens'] / 1e6:.0f}M tokens of Python "
             f"source (`analyses.pretrain`; held-out loss {pre['held_out_loss']['before']:.2f} → "
-            f"{pre['held_out_loss']['after']:.2f}{_blind(pre)}). The median query of its decoder "
+            f"{pre['held_out_loss']['after']:.2f}{_blind(pre)}). A text is embedded by its decoder's "
+            "states. The median query of its decoder "
             f"turns {apart:,.{0 if apart > 10 else 1}f} times as far as that of its encoder"
             + (": over both stacks r is that of two clouds." if not 0.2 < apart < 5 else ".")
             + (f" {cut} of its {cut + len(bart['jobs'])} runs were cut off and are left out." if cut else "")

@@ -60,7 +60,7 @@ RANK: Final = (
 
 def _reproduce(name: str) -> str:
     """The command that wrote the results of that name."""
-    model = " --model models/bart" if "bart" in name else ""
+    model = " --model models/bart --states decoder" if "bart" in name else ""
     decay = " --weight-decay 0" if name.endswith("no_decay") else ""
     return (
         "python -m analyses.reproduce --seeds 5 --steps 1500 --batch-size 128 --held-out 1000 "
@@ -108,12 +108,8 @@ ENTRIES: Final = (
         findings.placement,
         "r against total decay for query and value, and the mean change of magnitude: the lines of "
         "decay on all and on m alone lie on each other; decay on A and B alone changes nothing.",
-        "python -m analyses.decay_placement "
-        + (
-            "--seeds 5 --steps 500 --batch-size 128 --held-out 1000 --data pairs.jsonl"
-            if findings.about("decay_placement")["recipes"][0]["steps"] == 500
-            else "--seeds 3 --steps 160 --totals 0 0.01 0.03 0.1 --workers 2"
-        ),
+        "python -m analyses.decay_placement --seeds 5 --steps 500 --batch-size 128 --held-out 1000 "
+        "--data pairs.jsonl --totals 0 0.01 0.03 0.1",
         ("decay_placement",),
     ),
     Entry(
@@ -142,7 +138,7 @@ ENTRIES: Final = (
         findings.when,
         "A map of r: LoRA's columns are red throughout, FT's and DoRA's blue with decay and pale "
         "without, but red in the last row, where the whole run is pooled.",
-        "python -m analyses.sign_map --seeds 2 --steps 300 --batch-size 128 --held-out 1000 "
+        "python -m analyses.sign_map --seeds 3 --steps 300 --batch-size 128 --held-out 1000 "
         "--data pairs.jsonl",
         ("sign_map",),
     ),

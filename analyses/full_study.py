@@ -1,8 +1,7 @@
 r"""Run: `python -m analyses.full_study --data pairs.jsonl` (about 20 minutes on two H100s).
 
-The study at full strength: the commands with which the results in analyses/results/ were made, and
-two that wait for a GPU (`decay_placement`, whose committed results are of a shorter setting on two
-cores, and `reproduction_bart_no_decay`).
+The study at full strength: the commands with which the results in analyses/results/ were made. The
+BART of the committed results was pre-trained when `pretrain` still began from weights of 0.02.
 `--list` prints them. The commands of a queue run one after the other, the queues side by side, in
 turn on the GPUs that there are. `--parts` runs some of the parts only: `--parts speed` needs no
 data, and a machine on which nothing else runs.
@@ -35,12 +34,12 @@ if TYPE_CHECKING:
 LONG: Final = "--seeds 5 --steps 1500 --batch-size 128 --held-out 1000"
 DECAY: Final = "--seeds 5 --steps 500 --batch-size 128 --held-out 1000"
 SHORT: Final = "--steps 400 --batch-size 128 --held-out 1000"
-BART: Final = "--model {out}/models/bart"
+BART: Final = "--model {out}/models/bart --states decoder"
 
 PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "1": (
         (
-            "pretrain --shape bart --out {out}",
+            "pretrain --shape bart --length 256 --batch-size 128 --learning-rate 0.001 --out {out}",
             f"reproduce {LONG} {BART} --name reproduction_bart {{common}}",
             f"reproduce {LONG} {BART} --weight-decay 0 "
             "--name reproduction_bart_no_decay {common}",
@@ -48,7 +47,7 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         (f"reproduce {LONG} {{minilm}} --name reproduction_minilm {{common}}",),
         (
             f"weight_decay {DECAY} {{minilm}} {{common}}",
-            f"decay_placement {DECAY} {{minilm}} {{common}}",
+            f"decay_placement {DECAY} --totals 0 0.01 0.03 0.1 {{minilm}} {{common}}",
         ),
     ),
     "2": (
@@ -56,7 +55,7 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
             f"rank --seeds 3 {SHORT} {{minilm}} {{common}}",
             f"heads_and_norms --seeds 3 {SHORT} {{minilm}} {{common}}",
         ),
-        ("sign_map --seeds 2 --steps 300 --batch-size 128 --held-out 1000 {minilm} {common}",),
+        ("sign_map --seeds 3 --steps 300 --batch-size 128 --held-out 1000 {minilm} {common}",),
         (
             f"reproduce {LONG} {{minilm}} --weight-decay 0 "
             "--name reproduction_minilm_no_decay {common}",

@@ -5,8 +5,9 @@ learns the source text of the installed Python packages from random weights. It 
 encoder–decoder in BART's shape (6 + 6 layers, as the paper's model) that restores masked spans, or
 a decoder in LLaMA's shape (12 layers) that tells the next token. A small encoder–decoder learns to
 look into its encoder only if its attention begins far enough from even (weights of 1/√width; with
-those of BART's own 0.02 it does not), and sooner in short windows. The loss with nothing but masks
-in the encoder tells whether it did. The study takes it by
+those of BART's own 0.02, in windows of 256 tokens, it did in one of two runs, that of the committed
+results), and sooner in short windows. The loss with nothing but masks in the encoder tells whether
+it did. The study takes it by
 
     python -m analyses.reproduce --model models/bart --data pairs.jsonl
 

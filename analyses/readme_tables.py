@@ -15,38 +15,56 @@ from typing import TYPE_CHECKING, Final
 import pandas as pd
 
 from analyses import answers, architecture_table, speed_tables, support_table, walkthrough
+from analyses.reproduce import verdict_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 RESULTS: Final = Path(__file__).parent / "results"
 README: Final = Path(__file__).parent.parent / "README.md"
+STARTS: Final = {"minilm": "MiniLM", "bart": "our BART"}
+"""The starting points of the study, as their results are named, and in words."""
 
 
 def finding() -> str:
     """Coupling with the paper's total decay and with none, beside the paper's points."""
-    runs = {"with": "reproduction_minilm", "without": "reproduction_minilm_no_decay"}
-    tables = {key: pd.read_csv(RESULTS / f"{name}.csv") for key, name in runs.items()}
-    about = json.loads((RESULTS / f"{runs['with']}.json").read_text())
     lines = [
-        "| | | paper's points, pooled | pooled | across layers | across units "
+        "| | | | paper's points, pooled | pooled | across layers | across units "
         "| across layers, no decay | across units, no decay |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for role in ("query", "value"):
-        for method in ("FT", "LoRA", "DoRA"):
-            paper = _row(tables["with"], role, method, "pooled")["paper"]
-            cells = [
-                _estimate(tables[key], role, method, level)
-                for key, level in (
-                    ("with", "pooled"),
-                    ("with", "within_step"),
-                    ("with", "units"),
-                    ("without", "within_step"),
-                    ("without", "units"),
+    certain = []
+    for name, words in STARTS.items():
+        with_decay, without = (
+            pd.read_csv(RESULTS / f"reproduction_{name}{ending}.csv")
+            for ending in ("", "_no_decay")
+        )
+        for role in ("query", "value"):
+            for method in ("FT", "LoRA", "DoRA"):
+                paper = _row(with_decay, role, method, "pooled")["paper"]
+                cells = [
+                    _estimate(table, role, method, level)
+                    for table, level in (
+                        (with_decay, "pooled"),
+                        (with_decay, "within_step"),
+                        (with_decay, "units"),
+                        (without, "within_step"),
+                        (without, "units"),
+                    )
+                ]
+                lines.append(
+                    f"| {words} | {role} | {method} | {paper:+.2f} | {' | '.join(cells)} |"
                 )
-            ]
-            lines.append(f"| {role} | {method} | {paper:+.2f} | {' | '.join(cells)} |")
+        holds = {
+            level: int((verdict_table(with_decay, level)["verdict"] == "holds").sum())
+            for level in ("pooled", "within_step", "units")
+        }
+        layers = _row(with_decay, "query", "FT", "within_step")["layers"]
+        certain.append(
+            f"on {words} ({layers:.0f} layers) {holds['pooled']} pooled, {holds['within_step']} "
+            f"across layers and {holds['units']} across units"
+        )
+    about = json.loads((RESULTS / "reproduction_minilm.json").read_text())
     seeds = len({job["seed"] for job in about["jobs"]})
     steps, batch = (about["recipes"][0][name] for name in ("steps", "batch_size"))
     return "\n".join(
@@ -56,6 +74,8 @@ def finding() -> str:
             "Pearson r of (ΔD, ΔM) with 95% intervals over layers and seeds: "
             f"{seeds} seeds, {steps} steps of batch {batch}, four late checkpoints; "
             f"{about['machine']}, torch {about['versions']['torch']}.",
+            "",
+            f"Of the paper's six signs are certain: {'; '.join(certain)}.",
         ]
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from analyses.finetuning import docstrings, models, pairs
-from analyses.finetuning.task import PairModel, Task, make_task
+from analyses.finetuning.task import PairModel, States, Task, make_task
 
 if TYPE_CHECKING:
     import argparse
@@ -38,6 +38,12 @@ def add_options(parser: argparse.ArgumentParser, *, examples: int) -> None:
         "--model", help="folder or hub name of a base model; default: packaged MiniLM"
     )
     parser.add_argument(
+        "--states",
+        choices=get_args(States),
+        default="both",
+        help="stacks of an encoder-decoder that embed a text",
+    )
+    parser.add_argument(
         "--data",
         help="JSONL of pairs, or a data set's name; default: docstrings of installed packages",
     )
@@ -51,4 +57,5 @@ def load(options: argparse.Namespace, held_out: int) -> StartingPoint:
     found = pairs.read(options.data) if options.data else docstrings.collect(options.examples)
     backbone, tokenizer = models.load(options.model)
     task = make_task(found, held_out, tokenizer)
-    return StartingPoint(found, task, PairModel(backbone, len(task.labels)).to(options.device))
+    base = PairModel(backbone, len(task.labels), options.states)
+    return StartingPoint(found, task, base.to(options.device))

@@ -201,6 +201,7 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
     order = {job.name: place for place, job in enumerate(jobs)}
     about = {
         "model": Path(options.model).name if options.model else models.MINILM,
+        "states": base.states,
         "data": options.data and Path(options.data).name,
         "pairs": len(started.pairs),
         "data_digest": pairs.digest(started.pairs),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -127,16 +127,22 @@ class Score:
     loss: float
 
 
+States = Literal["both", "decoder"]
+"""The stacks of an encoder–decoder whose states make the embedding of a text."""
+
+
 class PairModel(nn.Module):
     """A base model with mean pooling, and a linear head that tells the label.
 
-    Of an encoder–decoder the states of both stacks are added up: both read the text. With those of
-    the decoder alone, which can read it itself, the encoder would hardly be trained.
+    Of an encoder–decoder both stacks read the text, and the states of both are added up. With
+    those of the decoder alone the encoder is trained as far as the decoder looks into it, which of
+    a model that was hardly pre-trained may be not at all.
     """
 
-    def __init__(self, backbone: nn.Module, labels: int) -> None:
+    def __init__(self, backbone: nn.Module, labels: int, states: States = "both") -> None:
         super().__init__()
         self.backbone = backbone
+        self.states: States = states
         self.head = nn.Linear(int(backbone.config.hidden_size), labels)  # type: ignore[union-attr, arg-type]
 
     def embed(self, tokens: Tokens) -> Tensor:
@@ -148,7 +154,7 @@ class PairModel(nn.Module):
             inputs |= {"use_cache": False} if hasattr(self.backbone.config, "use_cache") else {}  # type: ignore[dict-item]
         states = self.backbone(**inputs)
         hidden = states.last_hidden_state
-        if self.backbone.config.is_encoder_decoder:  # type: ignore[union-attr]
+        if self.backbone.config.is_encoder_decoder and self.states == "both":  # type: ignore[union-attr]
             hidden = hidden + states.encoder_last_hidden_state
         mask = tokens.mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
