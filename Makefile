@@ -4,12 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: reproduce test campaign matrix lint types clean
+.PHONY: reproduce test coverage campaign matrix lint types clean
 
 reproduce: $(VENV)/.demo ## fine-tune three ways, measure, draw (about 4 minutes on 2 cores)
 	$(RUN) -m analyses.reproduce
 
-test: $(VENV)/.dev ## the whole test suite, with coverage
+test: $(VENV)/.dev ## the whole test suite
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
+
+coverage: $(VENV)/.dev ## the same, and which lines no test runs (a third slower)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered
 
 campaign: $(VENV)/.dev ## the tests of many tries, in full: kills, bad files, long runs

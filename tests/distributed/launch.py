@@ -36,6 +36,8 @@ CASES: dict[str, Callable[[str], float]] = {
     "tensor parallel": recording.tensor_parallel,
     "two dimensions": recording.two_dimensions,
     "hybrid": recording.hybrid,
+}
+LIFECYCLE: dict[str, Callable[[str], float]] = {
     "made early": lifecycle.made_early,
     "loaded by the first": lifecycle.loaded_by_the_first,
     "resumed": lifecycle.resumed,
@@ -53,7 +55,9 @@ FAILURES: dict[str, Callable[[str], float]] = {
 
 def run_all(device: str, only: str | None = None) -> bool:
     """Runs the cases on this process, up to one that fails: the others may be waiting there."""
-    cases = CASES | FAILURES if dist.get_world_size() == 2 or IS_CAMPAIGN else CASES
+    world = dist.get_world_size()
+    cases = CASES | (LIFECYCLE if world <= 2 or IS_CAMPAIGN else {})
+    cases |= FAILURES if world == 2 or IS_CAMPAIGN else {}
     chosen = {name: case for name, case in cases.items() if only is None or only in name}
     return all(run_case(name, case, device) for name, case in chosen.items())
 
