@@ -356,6 +356,7 @@ class Recorder:
 
     def _record_in_training(self) -> None:
         if self._is_lost and not self._recording.is_together:
+            self._recording.troubles.tell(7)
             return
         with self._sparing_training("measuring", "the step is left out of the table"):
             self._record(spare=True)
@@ -395,14 +396,19 @@ class Recorder:
             self._recording.record(self.step, decay, spare=spare, failure=failure)
 
     def _before_step(self) -> None:
-        with self._sparing_training("baseline", "W_0 is lost, and nothing more is recorded"):
-            self._is_lost = True
+        try:
             self._baseline.before_step()
-            self._is_lost = False
+        except Exception as error:
+            self._is_lost = True
+            so = "W_0 is lost, and nothing more is recorded"
+            self._recording.note_failure(self.step, "baseline", error, so)
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        with self._sparing_training("decay", "total_decay is not known from here on"):
+        try:
             self._watch.add_decay(optimizer)
+        except Exception as error:
+            so = "total_decay is not known from here on"
+            self._recording.note_failure(self.step, "decay", error, so)
         if self._counts_steps:
             self.advance_to(self.step + 1)
 

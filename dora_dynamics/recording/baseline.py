@@ -180,7 +180,7 @@ class Baselines:
 
     def before_step(self) -> None:
         """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
-        if are_frozen(list(map(self.weights.__getitem__, self._shared))):
+        if not self._shared or are_frozen(list(map(self.weights.__getitem__, self._shared))):
             return
         for name in list(self._shared):
             weight = self.weights[name]

@@ -65,15 +65,13 @@ class TotalDecay:
         Raises:
             Exception: what a foreign optimizer or module raises.
         """
-        if not decays(optimizer):
-            return
-        if self._looks_again:
+        if self._looks_again and decays(optimizer):
             self._look_again()
         routine = self._routines.get(id(optimizer))
-        if routine is None or not routine.holds(optimizer, self._magnitudes):
-            self._look_at_each(optimizer)
-        else:
+        if routine is not None and routine.holds(optimizer, self._magnitudes):
             routine.add_step(optimizer)
+        elif decays(optimizer):
+            self._look_at_each(optimizer)
 
     def _look_again(self) -> None:
         """Forget what does not hold where a magnitude has another parameter by now."""

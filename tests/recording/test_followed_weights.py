@@ -82,6 +82,30 @@ class TestBaseline:
         assert query["update_norm"].loc[4] == pytest.approx(expected.update_norm)
         assert expected.update_norm > 0
 
+    def test_a_baseline_that_was_lost_once_is_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Taken at the step after, it would be a weight that has trained already."""
+        model = nn.ModuleDict({"query": nn.Linear(3, 2)}).requires_grad_(False)
+        recorder = dd.Recorder(model, ["query"], every=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+        def step() -> None:
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+
+        def full(*_: object) -> None:
+            raise MemoryError("no room")
+
+        with recorder.attach(optimizer):
+            optimizer.step()
+            model.requires_grad_(True)
+            with monkeypatch.context() as patch:
+                patch.setattr(recorder._baseline, "_taken", full)
+                with pytest.warns(UserWarning, match=r"no room.*W_0 is lost, and nothing more"):
+                    step()
+            step()
+        assert recorder.trajectory["step"].tolist() == [0, 1]
+
     def test_weights_changed_below_an_adapter_are_warned_about(
         self, tiny_transformer: Build
     ) -> None:
