@@ -1,74 +1,24 @@
-"""What came out of each recipe of the study, in sentences whose numbers come from result files."""
+"""What came out of the recipes on the coupling, in sentences whose numbers are of result files."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
 import pandas as pd
 
+from analyses._stored import (
+    LEVELS,
+    METHODS,
+    RUNS,
+    TRIALS,
+    about,
+    number,
+    one,
+    table,
+    there,
+    with_interval,
+)
 from analyses.reproduce import verdict_table
-
-if TYPE_CHECKING:
-    from dora_dynamics.statistics import Level
-
-RESULTS: Final = Path(__file__).parent / "results"
-METHODS: Final = ("FT", "LoRA", "DoRA")
-LEVELS: Final[dict[Level, str]] = {
-    "pooled": "pooled, as in the paper",
-    "within_step": "across layers",
-    "within_layer": "over a weight's steps",
-    "units": "across units",
-}
-
-RUNS: Final = {
-    "reproduction_minilm": "MiniLM",
-    "reproduction_minilm_no_decay": "MiniLM, no decay",
-    "reproduction_bart": "our BART",
-    "reproduction_bart_no_decay": "our BART, no decay",
-}
-"""What `reproduce` was run on, in words, by the name of its results."""
-
-TRIALS: Final = {"FT": 0.83, "DoRA": 0.95}
-"""r of the small trials that suggested the role of weight decay: one seed, another 6-layer encoder,
-value matrices across layers at the last checkpoint, without decay."""
-
-
-def table(name: str) -> Any:
-    """A table of results."""
-    return pd.read_csv(RESULTS / f"{name}.csv")
-
-
-def about(name: str) -> dict[str, Any]:
-    """What is known of how results came about."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def there(*names: str) -> tuple[str, ...]:
-    """Those of the names of which there are results."""
-    return tuple(name for name in names if (RESULTS / f"{name}.json").exists())
-
-
-def number(value: float, digits: int = 2) -> str:
-    """A number with its sign and a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def with_interval(row: Any, name: str = "pearson", low: str = "", high: str = "") -> str:
-    """An estimate and its interval."""
-    ends = row[low or f"{name}_low"], row[high or f"{name}_high"]
-    return f"{number(row[name])} [{number(ends[0])}, {number(ends[1])}]"
-
-
-def one(found: Any, **place: Any) -> Any:
-    """The only row at a place."""
-    for column, value in place.items():
-        found = found[found[column] == value]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} rows at {place}.")
-    return found.iloc[0]
 
 
 def reproduced() -> str:
@@ -324,135 +274,6 @@ def when() -> str:
         f"{r_of('pooled, the whole run', 'DoRA')}, over the paper's late ones "
         f"{r_of('pooled, late checkpoints', 'FT')} and {r_of('pooled, late checkpoints', 'DoRA')}."
         + _unfinished("sign_map")
-    )
-
-
-def zoo() -> str:
-    """Whether closeness to FT goes with the score."""
-    found, said = table("adapter_zoo"), table("adapter_zoo_answer").set_index("measure")
-    best = found.sort_values("retrieval", ascending=False)
-    jobs = pd.DataFrame(about("adapter_zoo")["jobs"])
-    failed = jobs[jobs["error"].notna()] if "error" in jobs else jobs[:0]
-    refused = ", ".join(sorted(set(failed["method"])))
-    row = said.loc["distance"]
-    return (
-        f"No such relation is seen: over {int(row['methods'])} methods of PEFT, without weight decay, "
-        "each at the best of four learning rates, the rank correlation of the distance from full "
-        f"fine-tuning with the score is {with_interval(row, 'rho', 'low', 'high')} (95%, bootstrap "
-        "over methods: strong ones are excluded, weak ones are not). The four measures by themselves: "
-        + ", ".join(
-            f"{words} {with_interval(said.loc[name], 'rho', 'low', 'high')}"
-            for name, words in (
-                ("r_layers", "r across layers"),
-                ("r_units", "r across units"),
-                ("radial_share", "radial share"),
-                ("log_ratio", "ΔM over ΔD"),
-            )
-        )
-        + f". Best at the task: {', '.join(best['method'][:4])}; FT {one(found, method='FT')['retrieval']:.3f}, "
-        f"last {best['method'].iloc[-1]} {best['retrieval'].iloc[-1]:.3f}."
-        + (f" Not measured: {refused} ({failed['error'].iloc[0].rstrip('.')})." if refused else "")
-    )  # fmt: skip
-
-
-def below() -> str:
-    """Heads and norms."""
-    found = table("heads_and_norms")
-
-    def r(method: str, part: str, scope: str) -> str:
-        return with_interval(one(found, method=method, part=part, scope=scope))
-
-    inside, every = "heads of one layer", "all heads or norms"
-    relative = "heads of one layer, ΔM/m"
-    shares = ", ".join(
-        f"{method} {number(one(found, method=method, part='query heads', scope=relative)['pearson'])} "
-        f"and {number(one(found, method=method, part='value heads', scope=relative)['pearson'])}"
-        for method in METHODS
-    )
-    heads = "; ".join(
-        f"{method} {r(method, 'query heads', inside)} (query), {r(method, 'value heads', inside)} (value)"
-        for method in METHODS
-    )
-    norms = ", ".join(f"{method} {r(method, 'norms', every)}" for method in METHODS)
-    return (
-        "Yes. Across the heads inside a layer r is, with the paper's decay: "
-        f"{heads}. Of ΔM/m, which a head's size does not change, it is {shares} "
-        "(query and value). Norm weights, one vector each, change too, by "
-        f"far less, and decay does not reach them; r across them: {norms}."
-    )
-
-
-def ranks() -> str:
-    """Score and coupling against rank."""
-    found, pairs = table("rank"), table("rank_halved")
-    value = found[found["role"] == "value"].set_index(["method", "rank"])
-
-    def score(method: str, rank: int) -> str:
-        return f"{value.loc[(method, rank), 'score']:.3f}"
-
-    used = {method: value.loc[(method, 128), "effective_rank"] for method in ("LoRA", "DoRA")}
-    return (
-        f"Score against rank 2 → 128: LoRA {score('LoRA', 2)} → {score('LoRA', 128)}, DoRA "
-        f"{score('DoRA', 2)} → {score('DoRA', 128)}, FT {score('FT', 0)}. That is not the shape of "
-        "the paper's Table 15, in which DoRA is above at every rank: with the paper's total decay, "
-        f"pressed into a short run, {_held_against(pairs)}."
-        + _ranks_without_decay()
-        + " The coupling of the value matrices hardly depends on rank: "
-        f"LoRA {number(value.loc['LoRA', 'pearson'].min())} to {number(value.loc['LoRA', 'pearson'].max())}, "
-        f"DoRA {number(value.loc['DoRA', 'pearson'].min())} to {number(value.loc['DoRA', 'pearson'].max())}. "
-        f"At rank 128 LoRA's ΔW has an effective rank of {used['LoRA']:.0f}; DoRA's, whose "
-        f"magnitudes rescale W_0 whole, {used['DoRA']:.0f} of 384 at every rank."
-    )  # fmt: skip
-
-
-def _held_against(pairs: Any) -> str:
-    """How often DoRA is below or above LoRA of its rank, and of twice its rank."""
-    parts = []
-    for times, words in ((1, "its rank"), (2, "twice its rank")):
-        rows = pairs[pairs["lora_rank"] == times * pairs["dora_rank"]]
-        below = ", ".join(map(str, rows[rows["high"] < 0]["dora_rank"])) or "none"
-        above = ", ".join(map(str, rows[rows["low"] > 0]["dora_rank"])) or "none"
-        parts.append(
-            f"below LoRA of {words} at {int((rows['difference'] < 0).sum())} of {len(rows)} ranks "
-            f"(surely at {below}; surely above at {above})"
-        )
-    seeds = int(pairs["seeds"].iloc[0])
-    return f"DoRA is {' and '.join(parts)}; 95% paired t over {seeds} seeds"
-
-
-def _ranks_without_decay() -> str:
-    """The same without decay, where that was run."""
-    if not (RESULTS / "rank_no_decay_halved.csv").exists():
-        return ""
-    return f" Without decay {_held_against(table('rank_no_decay_halved'))}."
-
-
-def merged() -> str:
-    """What merging changes and costs."""
-    found = table("merge")
-    by_peft = found["method"].str.endswith("PEFT")
-    ours, theirs = found[~by_peft], found[found["method"] == "DoRA, PEFT"]
-    worst = ours.groupby("dtype", sort=False)["merged_from_adapted"].max()
-    differ = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
-    said = f"differ by at most {differ}"
-    if worst.max() == 0:
-        said = f"are equal to the last bit in {', '.join(map(str, worst.index))}"
-    rounded = ", ".join(
-        f"{row['dtype']} {row['merged_from_adapted']:.1e} (ε {row['epsilon']:.1e})"
-        for row in theirs.to_dict("records")
-    )
-    rows = ours.drop_duplicates("method").set_index("method")
-    times = ", ".join(
-        f"{method} {rows.loc[method, 'merged_latency']:.2f} "
-        f"(quartiles {rows.loc[method, 'merged_latency_low']:.2f} to "
-        f"{rows.loc[method, 'merged_latency_high']:.2f}; adapted {rows.loc[method, 'adapted_latency']:.2f})"
-        for method in ("LoRA", "DoRA")
-    )
-    return (
-        f"The outputs of merged and adapted models {said}: the adapted module's weight is W' itself. "
-        f"PEFT's DoRA, which computes the update apart, differs once merged by at most {rounded}. "
-        "Modules and classes of the merged model are those of the original one, so that it costs "
-        f"nothing more. Latency over that of the original model: {times}."
     )
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from analyses import _findings as findings
+from analyses import _findings_of_methods as of_methods
 from analyses import _recipes
+from analyses import _stored as stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,14 +79,14 @@ ENTRIES: Final = (
         "ΔM against ΔD of MiniLM's query and value matrices, three panels each: LoRA's points rise "
         "on a line; FT's and DoRA's fall for value, and scatter for query.",
         _reproduce("reproduction_minilm"),
-        findings.there(
+        stored.there(
             "reproduction_minilm", "reproduction_minilm_no_decay", "reproduction_bart",
             "reproduction_bart_no_decay",
         ),
         "reproduction_minilm",
         tuple(
-            (name, findings.RUNS[name], _reproduce(name))
-            for name in findings.there(
+            (name, stored.RUNS[name], _reproduce(name))
+            for name in stored.there(
                 "reproduction_bart", "reproduction_minilm_no_decay", "reproduction_bart_no_decay"
             )
         ),
@@ -120,7 +122,7 @@ ENTRIES: Final = (
         "the paper's LoRA points about the same curve, on linear axes; the radial share over "
         "training (dotted: that of a random direction).",
         "python -m analyses.update_geometry --runs "
-        + " ".join(findings.about("update_geometry")["runs"]),
+        + " ".join(stored.about("update_geometry")["runs"]),
     ),
     Entry(
         "gradient_geometry", "DoRA's gradients",
@@ -146,7 +148,7 @@ ENTRIES: Final = (
         "adapter_zoo", "The adapter zoo",
         "Every PEFT method on the same task: is one that moves more like full fine-tuning also "
         "better at the task?",
-        findings.zoo,
+        of_methods.zoo,
         "Left, a map of full fine-tuning and the methods of PEFT by r across units and radial share, coloured by score; right, "
         "score against distance from full fine-tuning, without a trend.",
         "python -m analyses.adapter_zoo --seeds 1 --steps 200 --batch-size 64 --held-out 1000 "
@@ -156,7 +158,7 @@ ENTRIES: Final = (
     Entry(
         "heads_and_norms", "Below and beyond matrices",
         "Can attention heads and layer norms be decomposed too, and do they show the finding?",
-        findings.below,
+        of_methods.below,
         "ΔM/m against ΔD of heads and norms: FT's and DoRA's heads on level lines set by decay, "
         "LoRA's rising; norms scattered.",
         "python -m analyses.heads_and_norms --seeds 3 --steps 400 --batch-size 128 --held-out 1000 "
@@ -166,20 +168,20 @@ ENTRIES: Final = (
     Entry(
         "rank", "Rank and capacity",
         "Score, coupling and the directions that are really used, against rank.",
-        findings.ranks,
+        of_methods.ranks,
         "Score against rank for LoRA and DoRA beside the paper's Table 15; coupling and effective "
         "rank against rank.",
         RANK,
-        findings.there("rank", "rank_no_decay"),
+        stored.there("rank", "rank_no_decay"),
         more=tuple(
             (name, "no decay", f"{RANK} --no-decay --name {name}")
-            for name in findings.there("rank_no_decay")
+            for name in stored.there("rank_no_decay")
         ),
     ),
     Entry(
         "merge", "Merging",
         "Does a merged adapter compute what the adapted model computes, and what does it cost?",
-        findings.merged,
+        of_methods.merged,
         "Left, largest differences between merged and adapted outputs by dtype: none for ours, at "
         "the dtype's precision for PEFT's; right, latency over the original model's.",
         "python -m analyses.merge",
@@ -190,12 +192,12 @@ ENTRIES: Final = (
 def cost(entry: Entry) -> str:
     """Runs, minutes they took together, and where."""
     if not entry.files:
-        made = findings.about(entry.name)
+        made = stored.about(entry.name)
         return f"on {made['machine']}, torch {made['versions']['torch']}"
-    jobs = [job for name in entry.files for job in findings.about(name)["jobs"]]
+    jobs = [job for name in entry.files for job in stored.about(name)["jobs"]]
     minutes = np.nansum([job.get("seconds") or np.nan for job in jobs]) / 60
     timed = sum(1 for job in jobs if job.get("seconds"))
-    made = findings.about(entry.files[0])
+    made = stored.about(entry.files[0])
     where = f"{made['machine']}, torch {made['versions']['torch']}"
     if "runs_by_machine" in made:
         where = "; ".join(
