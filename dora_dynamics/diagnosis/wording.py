@@ -126,8 +126,9 @@ def advice(facts: Facts) -> tuple[str, ...]:
         )
     if not facts.decay_known:
         tips.append(
-            "Λ is not known, so that shrinking cannot be told from weight decay: record the run "
-            "with dd.Recorder, or fill the column total_decay with Σ lr·weight_decay."
+            "Λ is not known, so that shrinking cannot be told from weight decay. dd.Recorder "
+            "knows it of FT, LoRA and DoRA under AdamW. Otherwise train with weight decay 0, or "
+            "fill the column total_decay with Σ lr·weight_decay."
         )
     if facts.verdict == "undecided":
         tips.append(
