@@ -42,6 +42,7 @@ class TotalDecay:
         self._parameters: list[Tensor | None] = []
         self._looks_again = False
         self._routines: dict[int, _Routine] = {}
+        self._groups: dict[int, list[list[Tensor]]] = {}
 
     def totals(self) -> dict[str, float]:
         """Λ up to now, by tensor."""
@@ -54,6 +55,7 @@ class TotalDecay:
         self._forget(list(self._routines))
         self._magnitudes.forget()
         self._parameters = []
+        self._groups.clear()
 
     def look_again(self) -> None:
         """Look up anew which parameters carry the magnitudes, at the next step."""
@@ -88,10 +90,12 @@ class TotalDecay:
 
     def _look_at_each(self, optimizer: Optimizer) -> None:
         self._forget([id(optimizer)])
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        if not _are_same(groups, self._groups.get(id(optimizer), [])):
+            self._magnitudes.forget()  # what it has instead may be in a followed tensor's place
+            self._groups[id(optimizer)] = groups
         group_of = {
-            id(parameter): i
-            for i, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
+            id(parameter): i for i, parameters in enumerate(groups) for parameter in parameters
         }
         shares = [share_of(optimizer, group) for group in optimizer.param_groups]
         known = [name for name, total in self._totals.items() if total == total]
@@ -109,10 +113,10 @@ class TotalDecay:
         self._forget([i for i, other in self._routines.items() if other.names & taken.keys()])
         for name, share in added.items():
             self._totals[name] += share
-        if len(group_of) == sum(len(group["params"]) for group in optimizer.param_groups):
+        if len(group_of) == sum(map(len, groups)):
             present = dict(zip(known, self._parameters, strict=True))
             self._routines[id(optimizer)] = _routine(
-                optimizer, present, decayed, group_of, self._totals
+                groups, present, decayed, group_of, self._totals
             )
 
     def _forget(self, optimizers: Sequence[int]) -> None:
@@ -157,8 +161,7 @@ class _Routine:
         """Whether all is as it was; each parameter is asked, but for what it holds."""
         groups = [group["params"] for group in optimizer.param_groups]
         return (
-            list(map(len, groups)) == list(map(len, self.groups))
-            and all(map(operator.is_, chain(*groups), chain(*self.groups)))
+            _are_same(groups, self.groups)
             and not any(map(operator.is_, map(GRADIENT, self.trained), repeat(None)))
             and not any(map(REQUIRES_GRAD, self.frozen))
             and has_no_gradient(self.passed_over)
@@ -180,8 +183,15 @@ class _Routine:
             totals.update(dict.fromkeys(one.names, one.total))
 
 
+def _are_same(groups: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether these groups have the same parameters; loops that run in C."""
+    return list(map(len, groups)) == list(map(len, others)) and all(
+        map(operator.is_, chain(*groups), chain(*others))
+    )
+
+
 def _routine(
-    optimizer: Optimizer,
+    groups: list[list[Tensor]],
     parameters: Mapping[str, Tensor | None],
     decayed: Mapping[str, int],
     group_of: Mapping[int, int],
@@ -207,7 +217,7 @@ def _routine(
             if id(parameter) in group_of:
                 passed_over.append(parameter)
     return _Routine(
-        groups=[list(group["params"]) for group in optimizer.param_groups],
+        groups=groups,
         trained=trained,
         frozen=frozen,
         passed_over=passed_over,

@@ -43,6 +43,41 @@ class TestTotalDecay:
             for _, path in recorder.trajectory.groupby("site"):
                 np.testing.assert_allclose(path["total_decay"], expected, rtol=1e-12)
 
+    @pytest.mark.parametrize("before", ["FT", "frozen", "LoRA", "DoRA"])
+    def test_does_not_depend_on_when_a_replaced_weight_is_recorded(self, before: str) -> None:
+        """The parameter that was there keeps its last gradient: it looks as if it trained."""
+        found = {}
+        for every in (1, 100):
+            layers = [nn.Linear(5, 7), nn.Linear(5, 7)]
+            model = nn.ModuleDict(dict(zip(TARGETS, layers, strict=True)))
+            adapt(model, before)
+            model.requires_grad_(before == "FT")
+            for name, parameter in model.named_parameters():
+                if before in ("LoRA", "DoRA") and "original" not in name:
+                    parameter.requires_grad_(True)
+            recorder = dd.Recorder(model, TARGETS, every=every, method=before)
+            spare = nn.Parameter(torch.zeros(1))
+            optimizer = torch.optim.AdamW([*model.parameters(), spare], lr=0.01, weight_decay=0.1)
+            expected = 0.0
+            with recorder.attach(optimizer):
+                for step in range(8):
+                    if step == 3:
+                        if before in ("LoRA", "DoRA"):
+                            dd.merge(model)
+                        for layer in layers:
+                            layer.weight = nn.Parameter(layer.weight.detach().clone())
+                        optimizer.param_groups[0]["params"] = list(model.parameters())
+                    optimizer.zero_grad()
+                    (
+                        sum(layer(torch.randn(3, 5)).sum() for layer in layers) + spare.sum()
+                    ).backward()
+                    optimizer.step()
+                    expected += 0.01 * 0.1 * (step >= 3 or before in ("FT", "DoRA"))
+            last = recorder.trajectory.query("step == 8")["total_decay"].tolist()
+            found[every] = last
+            np.testing.assert_allclose(last, expected, rtol=1e-12)
+        assert found[1] == found[100]
+
     def test_shrinks_what_it_says_it_shrinks(self, tiny_transformer: Build) -> None:
         """With gradients of zero, AdamW's decay is all that happens: Λ is the relative ΔM."""
         for method in METHODS:
