@@ -39,7 +39,8 @@ def zoo() -> str:
                 ("log_ratio", "ΔM over ΔD"),
             )
         )
-        + f". Best at the task: {', '.join(best['method'][:4])}; FT {one(found, method='FT')['retrieval']:.3f}, "
+        + f". Highest scores, without intervals, so that their order is not sure: {', '.join(best['method'][:4])} "
+        f"({best['retrieval'].iloc[0]:.3f} to {best['retrieval'].iloc[3]:.3f}); FT {one(found, method='FT')['retrieval']:.3f}, "
         f"last {best['method'].iloc[-1]} {best['retrieval'].iloc[-1]:.3f}."
         + (f" Not measured: {refused} ({failed['error'].iloc[0].rstrip('.')})." if refused else "")
     )  # fmt: skip

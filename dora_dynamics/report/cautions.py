@@ -121,7 +121,8 @@ def _decay(recorded: Recorded) -> Iterator[Caution]:
         yield Caution(
             "decay",
             f"How much weight decay acted is not known for {_listed(unknown)} (checkpoints do not "
-            "tell): ΔM may be what decay alone gives.",
+            "tell, nor does the training of some adapters and optimizers): ΔM may be what decay "
+            "alone gives.",
         )
 
 
