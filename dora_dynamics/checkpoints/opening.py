@@ -63,7 +63,13 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def step_of(path: Path, contents: Contents) -> int | None:
-    """The optimizer step of a checkpoint: from the trainer's state, the file, or the name."""
+    """The optimizer step of a checkpoint: from the trainer's state, the file, or the name.
+
+    A file whose name is that of any checkpoint's weights has the step of its folder.
+    """
+    if path.name in (*WEIGHT_FILES, *ADAPTER_FILES) and path.is_file():
+        found = step_of(path.parent, contents) if _STEP.search(path.parent.name.lower()) else None
+        return contents.step if found is None else found
     state_file = path / TRAINER_STATE
     if state_file.is_file():
         step = read_json(state_file).get("global_step")

@@ -78,4 +78,5 @@ def _readable(found: pd.DataFrame, by: list[str]) -> str:
     shown["n"], shown["p"] = found["n"], [number(value, ".3g") for value in found["p_value"]]
     reasons = [reason for reason in dict.fromkeys(found["reason"]) if reason]
     notes = "".join(f"\nnote: {reason}" for reason in reasons)
-    return shown.to_string(index=False) + notes
+    told = "\nIn brackets: 95% intervals over layers and runs."
+    return shown.to_string(index=False) + told + notes

@@ -104,6 +104,13 @@ def test_patterns_and_steps(folder: Path) -> None:
     assert [(row["step"], row["layer"]) for row in rows] == [(1, 0), (2, 0)]
 
 
+def test_a_file_has_the_step_of_its_folder(folder: Path) -> None:
+    files = [folder / "run" / f"checkpoint-{step}" / "model.safetensors" for step in (5, 10)]
+    assert all(file.is_file() for file in files)
+    result = call(folder / "base", *files, "--targets", "query", "--json")
+    assert {row["step"] for row in json.loads(result.stdout)["rows"]} == {5, 10}
+
+
 def test_the_bar_tells_bytes_per_second(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
