@@ -67,13 +67,14 @@ class TotalDecay:
         Raises:
             Exception: what a foreign optimizer or module raises.
         """
-        if self._looks_again and decays(optimizer):
+        looks_again = self._looks_again and decays(optimizer)
+        if looks_again:
             self._look_again()
         routine = self._routines.get(id(optimizer))
         if routine is not None and routine.holds(optimizer, self._magnitudes):
             routine.add_step(optimizer)
         elif decays(optimizer):
-            self._look_at_each(optimizer)
+            self._look_at_each(optimizer, looked_again=looks_again)
 
     def _look_again(self) -> None:
         """Forget what does not hold where a magnitude has another parameter by now."""
@@ -88,11 +89,12 @@ class TotalDecay:
         """The parameter of each tensor of which Λ is known, in order."""
         return [self._magnitudes.of(n) for n, total in self._totals.items() if total == total]
 
-    def _look_at_each(self, optimizer: Optimizer) -> None:
+    def _look_at_each(self, optimizer: Optimizer, *, looked_again: bool) -> None:
         self._forget([id(optimizer)])
         groups = [list(group["params"]) for group in optimizer.param_groups]
         if not _are_same(groups, self._groups.get(id(optimizer), [])):
-            self._magnitudes.forget()  # what it has instead may be in a followed tensor's place
+            if not looked_again:
+                self._magnitudes.forget()  # what is new may be in a followed tensor's place
             self._groups[id(optimizer)] = groups
         group_of = {
             id(parameter): i for i, parameters in enumerate(groups) for parameter in parameters
