@@ -395,9 +395,9 @@ class Recorder:
             decay = self._watch.total_decay
             self._recording.record(self.step, decay, spare=spare, failure=failure)
 
-    def _before_step(self) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         try:
-            self._baseline.before_step()
+            self._baseline.before_step(optimizer)
         except Exception as error:
             self._is_lost = True
             so = "W_0 is lost, and nothing more is recorded"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import contextmanager
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
+    from torch.optim import Optimizer
 
     from dora_dynamics.recording.baseline_source import CapturedBaseline
     from dora_dynamics.recording.followed import Followed, Seen
@@ -94,6 +96,7 @@ class Baselines:
         self._versions: dict[str, int] = {}
         self._shared: set[str] = set()
         self._probed: set[str] = set()
+        self._optimized: dict[int, list[int]] = {}
         self._seen: dict[str, Seen] | None = None
         self._quantized = {n: k for n, where in followed.items() if (k := where.quantization())}
         if source is None:
@@ -104,6 +107,7 @@ class Baselines:
             given, self.description = given_weights(source, sites)
             self.weights = {name: given[name].detach() for name in followed}
             self._check_shapes()
+            self._copy_live(followed)
         self._given = source is not None
         if self._quantized:
             self._note_quantization()
@@ -136,6 +140,9 @@ class Baselines:
                 here = weight.to(stored.device, _as_loaded(weight, stored))
                 if here.dtype == stored.dtype and torch.equal(here, stored):
                     self._share(name, stored)
+                    continue
+            if _share_memory(weight, stored):
+                self.weights[name] = self._taken(weight)
         if sharded:
             self._settle_sharded(sharded)
 
@@ -178,15 +185,36 @@ class Baselines:
         for name in list(self._shared):
             self._share(name, self.weights[name])
 
-    def before_step(self) -> None:
-        """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
-        if not self._shared or are_frozen(list(map(self.weights.__getitem__, self._shared))):
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Copy each W_0 that is the live parameter, frozen until now, before it trains.
+
+        So is one in whose memory the optimizer trains another parameter, as `nn.Parameter(w.data)`
+        is one; that is looked at where the optimizer has other parameters than before.
+        """
+        if not self._shared:
             return
-        for name in list(self._shared):
-            weight = self.weights[name]
-            if not _is_frozen(weight):
+        if not are_frozen(list(map(self.weights.__getitem__, self._shared))):
+            self._part([n for n in self._shared if not _is_frozen(self.weights[n])])
+        parameters = list(chain(*(group["params"] for group in optimizer.param_groups)))
+        identities = list(map(id, parameters))
+        if identities != self._optimized.get(id(optimizer)):
+            own = {id(self.weights[name]) for name in self._shared}
+            trained = {_address(p) for p in parameters if id(p) not in own} - {0}
+            self._part([n for n in self._shared if _address(self.weights[n]) in trained])
+            self._optimized[id(optimizer)] = identities
+
+    def _part(self, names: Iterable[str]) -> None:
+        """Copy these W_0, which are the live parameters."""
+        for name in names:
+            self.weights[name] = self._taken(self.weights[name])
+            self._shared.discard(name)
+
+    def _copy_live(self, followed: Mapping[str, Followed]) -> None:
+        """Copy of W_0 as it was given what lies in memory that trains, as `state_dict()` does."""
+        for name, where in followed.items():
+            stored, weight = where.stored(), self.weights[name]
+            if stored is not None and not _is_frozen(stored) and _share_memory(weight, stored):
                 self.weights[name] = self._taken(weight)
-                self._shared.discard(name)
 
     @contextmanager
     def at_one_moment(self) -> Iterator[None]:
@@ -349,6 +377,7 @@ class Baselines:
 
     def _share(self, name: str, stored: Tensor) -> None:
         self._shared.add(name)
+        self._optimized.clear()
         self._versions[name] = version_of(self._followed[name].module, stored)
         if hasattr(self, "weights"):
             self.weights[name] = stored
@@ -365,6 +394,8 @@ class Baselines:
         known = self._versions[name]
         if stored is not weight:
             self._shared.discard(name)  # it has a new weight, and the old one is still W_0
+            if stored is not None and _share_memory(weight, stored):
+                self.weights[name] = self._taken(weight)
         elif weight._version != known != version_of(self._followed[name].module, weight):
             warnings.warn(
                 f"the frozen weight of {name} was changed in place after the recorder "
@@ -401,6 +432,16 @@ def _as_loaded(weight: Tensor, stored: Tensor) -> torch.dtype:
     wider = weight.dtype.itemsize > stored.dtype.itemsize
     other = weight.dtype.itemsize == stored.dtype.itemsize and weight.dtype != stored.dtype
     return stored.dtype if wider or other else weight.dtype
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the values of one of torch's own tensors begin in memory; 0 for any other."""
+    return tensor.data_ptr() if type(tensor) in _TORCHS_OWN else 0
+
+
+def _share_memory(weight: Tensor, stored: Tensor) -> bool:
+    """Whether what trains one of these changes the other."""
+    return _address(weight) == _address(stored) != 0
 
 
 def _in_host_memory(weight: Tensor, device: torch.device) -> Tensor:

@@ -67,7 +67,7 @@ class Watch:
     def begin(
         self,
         optimizers: Sequence[Optimizer],
-        before_step: Callable[[], None],
+        before_step: Callable[[Optimizer], None],
         after_step: Callable[[Optimizer], None],
         when_captured: Callable[[], None],
     ) -> None:
@@ -77,9 +77,9 @@ class Watch:
         it is replayed, nothing is called, so that Λ is not known.
         """
 
-        def before(*_: object) -> None:
+        def before(optimizer: Optimizer, *_: object) -> None:
             if not is_being_captured():
-                before_step()
+                before_step(optimizer)
 
         def after(optimizer: Optimizer, *_: object) -> None:
             if is_being_captured():

@@ -368,3 +368,66 @@ class TestRefused:
     def test_an_adapter_of_another_layer_does_not_matter(self, tiny_transformer: Build) -> None:
         model = adapted(tiny_transformer(), "pissa")
         dd.Recorder(model, ["key"]).record()
+
+
+class TestSharedMemory:
+    """W_0 is what it was, also where something that trains lies in the same memory."""
+
+    @staticmethod
+    def layers() -> list[nn.Linear]:
+        return [nn.Linear(5, 7), nn.Linear(7, 3)]
+
+    @staticmethod
+    def trained(
+        layers: list[nn.Linear], recorder: dd.Recorder, rewrap_at: int | None = None
+    ) -> torch.Tensor:
+        """Train six steps, and return how far each weight has come by the norm."""
+        model = nn.Sequential(*layers)
+        start = [layer.weight.detach().clone() for layer in layers]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        with recorder.attach(optimizer):
+            for step in range(6):
+                if step == rewrap_at:
+                    layers[0].weight = nn.Parameter(layers[0].weight.data)
+                    optimizer.add_param_group({"params": [layers[0].weight]})
+                optimizer.zero_grad()
+                model(torch.randn(4, 5)).square().mean().backward()
+                optimizer.step()
+        pairs = zip(layers, start, strict=True)
+        return torch.stack([(layer.weight - before).norm() for layer, before in pairs]).detach()
+
+    @staticmethod
+    def check(recorder: dd.Recorder, expected: torch.Tensor) -> None:
+        found = recorder.trajectory.query("step == 6")["update_norm"].tolist()
+        assert found == pytest.approx(expected.tolist(), rel=1e-5)
+        assert min(found) > 0
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    @pytest.mark.parametrize("place", ["device", "host"])
+    def test_with_the_model_s_own_state_dict_for_a_baseline(self, frozen: bool, place: Any) -> None:
+        layers = self.layers()
+        model = nn.Sequential(*layers).requires_grad_(not frozen)
+        recorder = dd.Recorder(
+            model, ["0", "1"], baseline=model.state_dict(), baseline_place=place, method="FT"
+        )
+        model.requires_grad_(True)
+        self.check(recorder, self.trained(layers, recorder))
+
+    @pytest.mark.parametrize("every", [1, 100])
+    @pytest.mark.parametrize("rewrap_at", [0, 3])
+    def test_of_a_frozen_weight_that_trains_as_another_parameter(
+        self, every: int, rewrap_at: int
+    ) -> None:
+        layers = self.layers()
+        model = nn.Sequential(*layers)
+        layers[0].weight.requires_grad_(False)
+        recorder = dd.Recorder(model, ["0", "1"], every=every, method="FT")
+        self.check(recorder, self.trained(layers, recorder, rewrap_at))
+
+    def test_of_a_frozen_weight_that_was_another_parameter_before_training(self) -> None:
+        layers = self.layers()
+        model = nn.Sequential(*layers).requires_grad_(False)
+        recorder = dd.Recorder(model, ["0", "1"], method="FT")
+        for layer in layers:
+            layer.weight = nn.Parameter(layer.weight.detach())
+        self.check(recorder, self.trained(layers, recorder))
