@@ -28,6 +28,14 @@ from dora_dynamics.effective import (
 from dora_dynamics.effective.peft_layers import refuse_model
 from dora_dynamics.errors import InputError
 from dora_dynamics.recording.baseline_source import BaselineError, given_weights, refuse_rewritten
+from dora_dynamics.recording.memory import (
+    address,
+    are_alike,
+    as_loaded,
+    in_host_memory,
+    is_frozen,
+    share_memory,
+)
 from dora_dynamics.recording.optimizers import are_frozen
 from dora_dynamics.sharded import Adapted, ShardingError
 from dora_dynamics.sharded.models import expose
@@ -48,7 +56,6 @@ if TYPE_CHECKING:
 Place = Literal["device", "host", "file"]
 """Where W_0 waits between measurements; see `Recorder`."""
 
-_TORCHS_OWN: Final = (torch.Tensor, torch.nn.Parameter)
 
 _WITHOUT_VALUES: Final = (
     "{} had no values when the recorder was made (it was on the meta device): make it after the "
@@ -136,12 +143,12 @@ class Baselines:
             if weight.is_meta:
                 raise BaselineError(_WITHOUT_VALUES.format(name))
             self.weights[name] = weight = self._placed(weight, stored)
-            if _is_frozen(stored):
-                here = weight.to(stored.device, _as_loaded(weight, stored))
+            if is_frozen(stored):
+                here = weight.to(stored.device, as_loaded(weight, stored))
                 if here.dtype == stored.dtype and torch.equal(here, stored):
                     self._share(name, stored)
                     continue
-            if _share_memory(weight, stored):
+            if share_memory(weight, stored):
                 self.weights[name] = self._taken(weight)
         if sharded:
             self._settle_sharded(sharded)
@@ -166,8 +173,8 @@ class Baselines:
                 "stays on the device; leave that argument out."
             )
         for name, weight in settled(self.weights, sharded).items():
-            self.weights[name] = weight.to(_as_loaded(weight, sharded[name]))
-        frozen = {name: stored for name, stored in sharded.items() if _is_frozen(stored)}
+            self.weights[name] = weight.to(as_loaded(weight, sharded[name]))
+        frozen = {name: stored for name, stored in sharded.items() if is_frozen(stored)}
         for name in all_equal(self.weights, frozen):
             self._share(name, frozen[name])
 
@@ -194,13 +201,13 @@ class Baselines:
         if not self._shared:
             return
         if not are_frozen(list(map(self.weights.__getitem__, self._shared))):
-            self._part([n for n in self._shared if not _is_frozen(self.weights[n])])
+            self._part([n for n in self._shared if not is_frozen(self.weights[n])])
         parameters = list(chain(*(group["params"] for group in optimizer.param_groups)))
         identities = list(map(id, parameters))
         if identities != self._optimized.get(id(optimizer)):
             own = {id(self.weights[name]) for name in self._shared}
-            trained = {_address(p) for p in parameters if id(p) not in own} - {0}
-            self._part([n for n in self._shared if _address(self.weights[n]) in trained])
+            trained = {address(p) for p in parameters if id(p) not in own} - {0}
+            self._part([n for n in self._shared if address(self.weights[n]) in trained])
             self._optimized[id(optimizer)] = identities
 
     def _part(self, names: Iterable[str]) -> None:
@@ -213,7 +220,7 @@ class Baselines:
         """Copy of W_0 as it was given what lies in memory that trains, as `state_dict()` does."""
         for name, where in followed.items():
             stored, weight = where.stored(), self.weights[name]
-            if stored is not None and not _is_frozen(stored) and _share_memory(weight, stored):
+            if stored is not None and not is_frozen(stored) and share_memory(weight, stored):
                 self.weights[name] = self._taken(weight)
 
     @contextmanager
@@ -261,7 +268,7 @@ class Baselines:
         if name in self._shared:
             self._check_unchanged(name)
         stored, known = self._look(name)
-        if known is not None and known is stored and _are_alike(weight, stored):
+        if known is not None and known is stored and are_alike(weight, stored):
             return weight, Dense(stored.detach())
         is_base = name in self._shared or (name in self._quantized and not self._given)
         if is_sharded(weight):
@@ -285,10 +292,10 @@ class Baselines:
                 f"{name} has the shape {tuple(now.shape)} now, and its baseline "
                 f"{tuple(weight.shape)}: make the recorder after weights are resized."
             )
-        as_loaded = weight.dtype if stored is None else _as_loaded(weight, stored)
-        common = torch.promote_types(as_loaded, now.dtype)
+        loaded = weight.dtype if stored is None else as_loaded(weight, stored)
+        common = torch.promote_types(loaded, now.dtype)
         here = weight.to(now.device, non_blocking=weight.device.type == "cpu")
-        return here.to(as_loaded).to(common), Dense(now.to(common), effective.checks)
+        return here.to(loaded).to(common), Dense(now.to(common), effective.checks)
 
     def probe(self, names: Iterable[str]) -> None:
         """Read the effective weights of these tensors by probing from now on."""
@@ -355,7 +362,7 @@ class Baselines:
         stored = where.stored()
         if stored is None:
             return where.base().clone()
-        if not _is_frozen(stored):
+        if not is_frozen(stored):
             return self._taken(stored)
         self._share(name, stored)
         return stored
@@ -364,15 +371,15 @@ class Baselines:
         """A copy of a weight that trains, where W_0 is kept."""
         if self._place == "device" or stored.device.type == "cpu":
             return stored.detach().clone()
-        return _in_host_memory(stored.detach(), stored.device)
+        return in_host_memory(stored.detach(), stored.device)
 
     def _placed(self, weight: Tensor, stored: Tensor) -> Tensor:
         """W_0 of a live weight, where it is kept."""
         if self._place == "file":
             return weight
-        weight = weight.to(_as_loaded(weight, stored))
+        weight = weight.to(as_loaded(weight, stored))
         if self._place == "host":
-            return _in_host_memory(weight, stored.device)
+            return in_host_memory(weight, stored.device)
         return weight.to(stored.device)
 
     def _share(self, name: str, stored: Tensor) -> None:
@@ -394,7 +401,7 @@ class Baselines:
         known = self._versions[name]
         if stored is not weight:
             self._shared.discard(name)  # it has a new weight, and the old one is still W_0
-            if stored is not None and _share_memory(weight, stored):
+            if stored is not None and share_memory(weight, stored):
                 self.weights[name] = self._taken(weight)
         elif weight._version != known != version_of(self._followed[name].module, weight):
             warnings.warn(
@@ -425,44 +432,3 @@ class Baselines:
             "is not known; baseline= the 16-bit checkpoint measures from that, and tells.",
             stacklevel=4,
         )
-
-
-def _as_loaded(weight: Tensor, stored: Tensor) -> torch.dtype:
-    """The dtype a checkpoint's weight had when the model took it in: at most the model's own."""
-    wider = weight.dtype.itemsize > stored.dtype.itemsize
-    other = weight.dtype.itemsize == stored.dtype.itemsize and weight.dtype != stored.dtype
-    return stored.dtype if wider or other else weight.dtype
-
-
-def _address(tensor: Tensor) -> int:
-    """Where the values of one of torch's own tensors begin in memory; 0 for any other."""
-    return tensor.data_ptr() if type(tensor) in _TORCHS_OWN else 0
-
-
-def _share_memory(weight: Tensor, stored: Tensor) -> bool:
-    """Whether what trains one of these changes the other."""
-    return _address(weight) == _address(stored) != 0
-
-
-def _in_host_memory(weight: Tensor, device: torch.device) -> Tensor:
-    """A weight in memory that `device` copies from; pinned for a GPU, which then need not wait."""
-    pin = device.type == "cuda"
-    if weight.device.type == "cpu" and (weight.is_pinned() or not pin):
-        return weight
-    copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=pin)
-    return copy.copy_(weight)
-
-
-def _are_alike(weight: Tensor, stored: Tensor) -> bool:
-    """Whether two weights can be compared as they are; both are torch's own kind of tensor."""
-    return (
-        type(weight) in _TORCHS_OWN
-        and weight.dtype == stored.dtype
-        and weight.shape == stored.shape
-        and weight.device == stored.device
-    )
-
-
-def _is_frozen(parameter: Tensor) -> bool:
-    """Whether no optimizer will change it: they step over parameters without a gradient."""
-    return not parameter.requires_grad and parameter.grad is None
