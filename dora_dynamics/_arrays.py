@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeGuard
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    import torch
+    from numpy.typing import NDArray
     from torch import Tensor
     from torch.distributed.tensor import DTensor
 
@@ -94,17 +94,16 @@ class Stretches:
     only what is done to rows takes an operation for each length: on a device each is a launch.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
-        """So many rows of so many values each, in this order."""
-        import torch
-
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        on_device: Callable[[NDArray[np.intp]], Tensor],
+    ) -> None:
+        """So many rows of so many values each, in this order; `on_device` copies an array there."""
         self._shapes = list(shapes)
         self._sizes = [rows * values for rows, values in shapes]
         values = np.concatenate([np.full(rows, values) for rows, values in shapes])
-        owners = torch.from_numpy(np.repeat(np.arange(len(values)), values))
-        if device.type == "cuda":
-            owners = owners.pin_memory()
-        self._owners = owners.to(device, non_blocking=True)
+        self._owners = on_device(np.repeat(np.arange(len(values)), values))
 
     def sums(self, *values: Array) -> list[Array]:
         """As `Rectangle.sums`."""

@@ -172,7 +172,7 @@ class Workspace:
 
     def parts(self, kind: Kind) -> Tensor:
         """Room for A as the kernel multiplies it, shape (parts, elements)."""
-        split = kind.before == torch.bfloat16
+        split = kind.is_split
         if split not in self._parts:
             dtype, rows = (torch.bfloat16, 3) if split else (torch.float32, 1)
             length = -(-len(self.A) // 16) * 16
@@ -195,7 +195,7 @@ def launch(portion: Portion, parts: Tensor, sums: Tensor) -> None:
             1.0,
             W=element_type(kind.before),
             B=element_type(kind.B),
-            SPLIT=kind.before == torch.bfloat16,
+            SPLIT=kind.is_split,
             ENTRY=ENTRY,
             UNITS=units,
             FEATURES=features,

@@ -46,6 +46,11 @@ class Kind:
     rank: int
     by_column: bool
 
+    @property
+    def is_split(self) -> bool:
+        """Whether A is multiplied in three parts of bfloat16."""
+        return self.before == torch.bfloat16
+
 
 def fits(update: LowRankUpdate) -> bool:
     """Whether the kernel was made for it."""

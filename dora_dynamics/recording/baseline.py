@@ -33,10 +33,9 @@ from dora_dynamics.recording.memory import (
     are_alike,
     as_loaded,
     in_host_memory,
-    is_frozen,
     share_memory,
 )
-from dora_dynamics.recording.optimizers import are_frozen
+from dora_dynamics.recording.optimizers import are_frozen, is_frozen
 from dora_dynamics.sharded import Adapted, ShardingError
 from dora_dynamics.sharded.models import expose
 

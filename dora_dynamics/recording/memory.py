@@ -47,8 +47,3 @@ def are_alike(weight: Tensor, stored: Tensor) -> bool:
         and weight.shape == stored.shape
         and weight.device == stored.device
     )
-
-
-def is_frozen(parameter: Tensor) -> bool:
-    """Whether no optimizer will change it: they step over parameters without a gradient."""
-    return not parameter.requires_grad and parameter.grad is None

@@ -50,6 +50,11 @@ def are_frozen(parameters: Sequence[Tensor]) -> bool:
     return not any(map(REQUIRES_GRAD, parameters)) and has_no_gradient(parameters)
 
 
+def is_frozen(parameter: Tensor) -> bool:
+    """The same of one."""
+    return are_frozen((parameter,))
+
+
 def has_no_gradient(parameters: Sequence[Tensor]) -> bool:
     """Whether an optimizer's step passes over all of these."""
     return not any(map(operator.is_not, map(GRADIENT, parameters), repeat(None)))

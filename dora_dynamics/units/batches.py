@@ -7,7 +7,7 @@ units in it, and a few numbers a weight go to the host.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -103,7 +103,7 @@ def _stretches(
         (
             [i for some, _ in batches for i in some],
             on_device(np.concatenate([index.ravel() for _, index in batches]), device),
-            Stretches([(len(index), index.shape[1]) for _, index in batches], device),
+            Stretches([index.shape for _, index in batches], partial(on_device, device=device)),
         )
         for batches in together
     ]
