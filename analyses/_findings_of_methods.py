@@ -25,23 +25,40 @@ def zoo() -> str:
     failed = jobs[jobs["error"].notna()] if "error" in jobs else jobs[:0]
     refused = ", ".join(sorted(set(failed["method"])))
     row = said.loc["distance"]
+    seen = row["low"] > 0 or row["high"] < 0
+    at_best = jobs.merge(found[["method", "rate"]]).groupby("method")["retrieval"]
+    seeds = int(at_best.count().min())
+    apart = at_best.std().pow(2).mean() ** 0.5
+    measures = {
+        "r_layers": "r across layers",
+        "r_units": "r across units",
+        "radial_share": "radial share",
+        "log_ratio": "ΔM over ΔD",
+    }
+    alone = [
+        f"{words} (methods with {'more' if said.loc[name, 'rho'] > 0 else 'less'} of it score higher)"
+        for name, words in measures.items()
+        if said.loc[name, "low"] > 0 or said.loc[name, "high"] < 0
+    ]
+    excludes = " and ".join(alone) if alone else "none"
     return (
-        f"No such relation is seen: over {int(row['methods'])} methods of PEFT, without weight decay, "
-        "each at the best of four learning rates, the rank correlation of the distance from full "
-        f"fine-tuning with the score is {with_interval(row, 'rho', 'low', 'high')} (95%, bootstrap "
-        "over methods: strong ones are excluded, weak ones are not). The four measures by themselves: "
+        f"{'There is a relation' if seen else 'No such relation is seen'}: over "
+        f"{int(row['methods'])} methods of PEFT, without weight decay, each at the best of four "
+        f"learning rates, means of {seeds} seeds, the rank correlation of the "
+        "distance from full fine-tuning with the score is "
+        f"{with_interval(row, 'rho', 'low', 'high')} (95%, bootstrap over methods"
+        f"{'' if seen else ': strong ones are excluded, weak ones are not'}). The four measures by "
+        "themselves: "
         + ", ".join(
             f"{words} {with_interval(said.loc[name], 'rho', 'low', 'high')}"
-            for name, words in (
-                ("r_layers", "r across layers"),
-                ("r_units", "r across units"),
-                ("radial_share", "radial share"),
-                ("log_ratio", "ΔM over ΔD"),
-            )
+            for name, words in measures.items()
         )
-        + f". Highest scores, without intervals, so that their order is not sure: {', '.join(best['method'][:4])} "
-        f"({best['retrieval'].iloc[0]:.3f} to {best['retrieval'].iloc[3]:.3f}); FT {one(found, method='FT')['retrieval']:.3f}, "
-        f"last {best['method'].iloc[-1]} {best['retrieval'].iloc[-1]:.3f}."
+        + f"; of these four intervals, {excludes} excludes 0. "
+        f"Highest scores: {', '.join(best['method'][:4])} "
+        f"({best['retrieval'].iloc[0]:.3f} to {best['retrieval'].iloc[3]:.3f}); FT "
+        f"{one(found, method='FT')['retrieval']:.3f}, "
+        f"last {best['method'].iloc[-1]} {best['retrieval'].iloc[-1]:.3f}; the seeds of a method "
+        f"differ by a standard deviation of {apart:.3f}, so that the order of neighbours is not sure."
         + (f" Not measured: {refused} ({failed['error'].iloc[0].rstrip('.')})." if refused else "")
     )  # fmt: skip
 
@@ -88,7 +105,7 @@ def ranks() -> str:
         "the paper's Table 15, in which DoRA is above at every rank: with the paper's total decay, "
         f"pressed into a short run, {_held_against(pairs)}."
         + _ranks_without_decay()
-        + " The coupling of the value matrices hardly depends on rank: "
+        + " With decay the coupling of the value matrices hardly depends on rank: "
         f"LoRA {number(value.loc['LoRA', 'pearson'].min())} to {number(value.loc['LoRA', 'pearson'].max())}, "
         f"DoRA {number(value.loc['DoRA', 'pearson'].min())} to {number(value.loc['DoRA', 'pearson'].max())}. "
         f"At rank 128 LoRA's ΔW has an effective rank of {used['LoRA']:.0f}; DoRA's, whose "
@@ -115,7 +132,18 @@ def _ranks_without_decay() -> str:
     """The same without decay, where that was run."""
     if not (RESULTS / "rank_no_decay_halved.csv").exists():
         return ""
-    return f" Without decay {_held_against(table('rank_no_decay_halved'))}."
+    found = table("rank_no_decay")
+    value = found[found["role"] == "value"].set_index(["method", "rank"])
+    ends = {
+        name: [value.loc[("DoRA", rank), name] for rank in (2, 128)]
+        for name in ("pearson", "effective_rank")
+    }
+    return (
+        f" Without decay {_held_against(table('rank_no_decay_halved'))}; DoRA's coupling goes from "
+        f"{number(ends['pearson'][0])} at rank 2 to {number(ends['pearson'][1])} at rank 128, and the "
+        f"effective rank of its ΔW is {ends['effective_rank'][0]:.0f} and "
+        f"{ends['effective_rank'][1]:.0f} there."
+    )  # fmt: skip
 
 
 def merged() -> str:

@@ -285,6 +285,25 @@ def by_events(work: Callable[[], object]) -> float:
     return 1e-3 * float(start.elapsed_time(end))
 
 
+def when_queued(work: Callable[[], object]) -> float:
+    """Seconds that a GPU takes for `work`, which waits for nothing, once all of it is queued."""
+    cuda: Any = torch.cuda
+    start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+    cycles = 1 << 26
+    while True:
+        wait_for_gpu()
+        cuda._sleep(cycles)
+        start.record()
+        held = work()
+        end.record()
+        was_behind = not start.query()
+        end.synchronize()
+        del held
+        if was_behind:
+            return 1e-3 * float(start.elapsed_time(end))
+        cycles *= 2
+
+
 def extra_memory(work: Callable[[], object]) -> float:
     """Bytes a GPU holds at most during `work`, above what it held before."""
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Run: `python -m analyses.adapter_zoo` (full: `--seeds 1 --steps 200 --batch-size 64`).
+"""Run: `python -m analyses.adapter_zoo` (full: `--seeds 3 --steps 200 --batch-size 64`).
 
 Every method of PEFT that has an effective weight, put on the query and value projections: same
 data, steps and batch size, no weight decay, each at the learning rate (of four) at which it finds
@@ -204,7 +204,7 @@ def draw(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
         against.set_xlabel("distance from full fine-tuning (★)")
         against.set_ylabel("share of texts found")
         assert image is not None
-        figure.colorbar(image, ax=plane, label="share of texts found", pad=0.01)
+        figure.colorbar(image, ax=plane, label="share of texts found", pad=0.01, extend="min")
         names = [f"{number} {row}" for number, row in enumerate(shown["method"], start=1)]
         text = [" · ".join(names[at : at + 8]) for at in range(0, len(names), 8)]
         figure.supxlabel("\n".join(text), fontsize=6)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from analyses import _recipes
 from analyses import _stored as stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 ROOT: Final = Path(__file__).parent.parent
 BEGIN: Final = "<!-- begin: study -->"
@@ -111,7 +111,7 @@ ENTRIES: Final = (
         "r against total decay for query and value, and the mean change of magnitude: the lines of "
         "decay on all and on m alone lie on each other; decay on A and B alone changes nothing.",
         "python -m analyses.decay_placement --seeds 5 --steps 500 --batch-size 128 --held-out 1000 "
-        "--data pairs.jsonl --totals 0 0.01 0.03 0.1",
+        "--data pairs.jsonl",
         ("decay_placement",),
     ),
     Entry(
@@ -151,7 +151,7 @@ ENTRIES: Final = (
         of_methods.zoo,
         "Left, a map of full fine-tuning and the methods of PEFT by r across units and radial share, coloured by score; right, "
         "score against distance from full fine-tuning, without a trend.",
-        "python -m analyses.adapter_zoo --seeds 1 --steps 200 --batch-size 64 --held-out 1000 "
+        "python -m analyses.adapter_zoo --seeds 3 --steps 200 --batch-size 64 --held-out 1000 "
         "--data pairs.jsonl",
         ("adapter_zoo",),
     ),
@@ -194,23 +194,34 @@ def cost(entry: Entry) -> str:
     if not entry.files:
         made = stored.about(entry.name)
         return f"on {made['machine']}, torch {made['versions']['torch']}"
-    jobs = [job for name in entry.files for job in stored.about(name)["jobs"]]
+    sweeps = [stored.about(name) for name in entry.files]
+    jobs = [job for made in sweeps for job in made["jobs"]]
     minutes = np.nansum([job.get("seconds") or np.nan for job in jobs]) / 60
     timed = sum(1 for job in jobs if job.get("seconds"))
-    made = stored.about(entry.files[0])
-    where = f"{made['machine']}, torch {made['versions']['torch']}"
-    if "runs_by_machine" in made:
-        where = "; ".join(
-            f"{place['runs']} on {place['machine']}, torch {place['torch']}"
-            for place in made["runs_by_machine"]
-        )
     if timed == len(jobs):
         took = f", {minutes:.0f} minutes of work, many at a time"
-    elif "begun_in_minutes" in made:
-        took = f", begun within {made['begun_in_minutes']:.0f} minutes, many at a time"
+    elif "begun_in_minutes" in sweeps[0]:
+        took = f", begun within {sweeps[0]['begun_in_minutes']:.0f} minutes, many at a time"
     else:
         took = f", {timed} of them timed: {minutes:.0f} minutes of work, many at a time"
-    return f"{len(jobs)} runs{took}; {where}"
+    return f"{len(jobs)} runs{took}; {_where(sweeps)}"
+
+
+def _where(sweeps: Sequence[dict[str, Any]]) -> str:
+    """The machines of all runs of some sweeps; how many ran on each, where there are several."""
+    runs: dict[str, int] = {}
+    for made in sweeps:
+        alone = {
+            "runs": len(made["jobs"]),
+            "machine": made["machine"],
+            "torch": made["versions"]["torch"],
+        }
+        for place in made.get("runs_by_machine", [alone]):
+            words = f"{place['machine']}, torch {place['torch']}"
+            runs[words] = runs.get(words, 0) + place["runs"]
+    if len(runs) == 1:
+        return next(iter(runs))
+    return "; ".join(f"{count} on {words}" for words, count in runs.items())
 
 
 def paragraph(entry: Entry) -> str:

@@ -47,7 +47,7 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         (f"reproduce {LONG} {{minilm}} --name reproduction_minilm {{common}}",),
         (
             f"weight_decay {DECAY} {{minilm}} {{common}}",
-            f"decay_placement {DECAY} --totals 0 0.01 0.03 0.1 {{minilm}} {{common}}",
+            f"decay_placement {DECAY} {{minilm}} {{common}}",
         ),
     ),
     "2": (
@@ -61,7 +61,7 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
             "--name reproduction_minilm_no_decay {common}",
         ),
         (
-            "adapter_zoo --seeds 1 --steps 200 --batch-size 64 --held-out 1000 --workers 12 "
+            "adapter_zoo --seeds 3 --steps 200 --batch-size 64 --held-out 1000 --workers 12 "
             "{minilm} {common}",
         ),
     ),

@@ -11,6 +11,10 @@ size runs once. The line is the least-squares fit of time on size; R² is its, a
 of a power law through the points from a tenth of the largest size on, where fixed costs no longer
 count.
 
+A GPU reads while the host still queues: a call `alone` takes what the longer of the two takes. The
+clock `behind` starts and stops on the GPU, where the same work waits behind other work until all of
+it is queued, as a record's does in training.
+
 Writes analyses/results/growth_<machine>.csv, anew after each growth, and figures/growth.{png,svg}
 from the tables of all machines found there; `--redraw` only draws.
 """
@@ -32,17 +36,20 @@ from torch import nn
 
 import dora_dynamics as dd
 from analyses import _tables
-from analyses._performance import SEED, by_wall
-from dora_dynamics._kernels import LowRankUpdate, low_rank_sums_of_all
+from analyses._performance import SEED, by_wall, when_queued
+from dora_dynamics._kernels import LowRankUpdate, low_rank_sums_of_all, queue_low_rank_sums
 from dora_dynamics.effective import Dense
-from dora_dynamics.measurement import measure_all
+from dora_dynamics.measurement import Measurement, summarize_all
 from dora_dynamics.plotting import save
 from dora_dynamics.sites import find_sites
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dora_dynamics.measurement import Triple
     from dora_dynamics.sites import Site
+
+    Found = dict[str, dict[int, list[float]]]
 
 NAME: Final = "growth"
 UNITS: Final = {
@@ -51,6 +58,7 @@ UNITS: Final = {
     "rank": "rank",
     "steps": "recorded steps",
 }
+CLOCKS: Final = {"alone": ("#0072B2", "o"), "behind": ("#009E73", "s")}
 
 
 @dataclass(frozen=True)
@@ -115,52 +123,78 @@ def pair(width: int, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     return weight, change.add_(weight)
 
 
-def seconds(works: dict[int, Callable[[], object]], rounds: int) -> dict[int, list[float]]:
-    """Seconds of each work, once a turn, after one turn to warm up."""
-    found: dict[int, list[float]] = {size: [] for size in works}
+@dataclass(frozen=True)
+class Work:
+    """What is timed, and the same without waiting for it."""
+
+    done: Callable[[], object]
+    queued: Callable[[], object]
+
+
+def seconds(works: dict[int, Work], device: str, rounds: int) -> Found:
+    """Seconds of each work by each clock, once a turn, after one turn to warm up."""
+    clocks: dict[str, Callable[[Work], float]] = {"alone": lambda work: by_wall(work.done)}
+    if device == "cuda":
+        clocks["behind"] = lambda work: when_queued(work.queued)
+    found: Found = {clock: {size: [] for size in works} for clock in clocks}
     for turn in range(-1, rounds):
-        for size, work in works.items():
-            taken = by_wall(work)
-            if turn >= 0:
-                found[size].append(taken)
+        for clock, taken_by in clocks.items():
+            for size, work in works.items():
+                taken = taken_by(work)
+                if turn >= 0:
+                    found[clock][size].append(taken)
     return found
 
 
-def with_parameters(chosen: Sizes, device: str, rounds: int) -> dict[int, list[float]]:
+def measuring(weights: list[Triple]) -> Work:
+    """The measuring of all of these."""
+
+    def queue() -> Measurement:
+        measurement = Measurement("output")
+        measurement.add(weights)
+        measurement.start()
+        return measurement
+
+    return Work(partial(summarize_all, weights, "output"), queue)
+
+
+def with_parameters(chosen: Sizes, device: str, rounds: int) -> Found:
     """Seconds by the number of parameters; one size in memory at a time."""
-    found: dict[int, list[float]] = {}
+    found: Found = {}
     sites = sites_of(16)
     for width in chosen.widths:
         pairs = [pair(width, device, chosen.dtype) for _ in sites]
-        weights = [(s, w, Dense(v)) for s, (w, v) in zip(sites, pairs, strict=True)]
-        work = partial(measure_all, weights, "output")
-        found |= seconds({16 * width * width: work}, rounds)
+        work = measuring([(s, w, Dense(v)) for s, (w, v) in zip(sites, pairs, strict=True)])
+        for clock, times in seconds({16 * width * width: work}, device, rounds).items():
+            found.setdefault(clock, {}).update(times)
     return found
 
 
-def with_sites(chosen: Sizes, device: str, rounds: int) -> dict[int, list[float]]:
+def with_sites(chosen: Sizes, device: str, rounds: int) -> Found:
     """Seconds by the number of weights."""
     sites = sites_of(max(chosen.sites))
     pairs = [pair(256, device, chosen.dtype) for _ in sites]
-    weights = [(s, w, Dense(v)) for s, (w, v) in zip(sites, pairs, strict=True)]
-    return seconds({n: partial(measure_all, weights[:n], "output") for n in chosen.sites}, rounds)
+    weights: list[Triple] = [(s, w, Dense(v)) for s, (w, v) in zip(sites, pairs, strict=True)]
+    return seconds({n: measuring(weights[:n]) for n in chosen.sites}, device, rounds)
 
 
-def with_rank(chosen: Sizes, device: str, rounds: int) -> dict[int, list[float]]:
+def with_rank(chosen: Sizes, device: str, rounds: int) -> Found:
     """Seconds by the rank of low-rank changes."""
     count = chosen.low_rank_sites
     bases = [pair(chosen.width, device, chosen.dtype)[0] for _ in range(count)]
     generator = torch.Generator(device).manual_seed(SEED + 1)
-    works: dict[int, Callable[[], object]] = {}
+    works: dict[int, Work] = {}
     for rank in chosen.ranks:
         A = torch.randn(rank, chosen.width, generator=generator, device=device) / rank**0.5
         B = torch.randn(chosen.width, rank, generator=generator, device=device) * 2e-4
         updates = [LowRankUpdate(base, A, B, 1.0) for base in bases]
-        works[rank] = partial(low_rank_sums_of_all, updates)
-    return seconds(works, rounds)
+        works[rank] = Work(
+            partial(low_rank_sums_of_all, updates), partial(queue_low_rank_sums, updates)
+        )
+    return seconds(works, device, rounds)
 
 
-def with_steps(chosen: Sizes, device: str, rounds: int) -> dict[int, list[float]]:
+def with_steps(chosen: Sizes, device: str, rounds: int) -> Found:
     """Seconds of a recorder by the number of steps that it has recorded."""
     found: dict[int, list[float]] = {steps: [] for steps in chosen.steps}
     for turn in range(-1, rounds):
@@ -178,7 +212,7 @@ def with_steps(chosen: Sizes, device: str, rounds: int) -> dict[int, list[float]
                 if turn >= 0 and step in found:
                     found[step].append(taken)
             recorder.finish(record=False)
-    return found
+    return {"alone": found}
 
 
 def recorded(recorder: dd.Recorder, step: int) -> None:
@@ -187,7 +221,7 @@ def recorded(recorder: dd.Recorder, step: int) -> None:
     recorder.state_dict()
 
 
-def table_of(kind: str, found: dict[int, list[float]]) -> pd.DataFrame:
+def table_of(kind: str, clock: str, found: dict[int, list[float]]) -> pd.DataFrame:
     """One row per size, the fit beside each."""
     size = np.array(list(found), dtype=float)
     medians = np.array([np.median(times) for times in found.values()])
@@ -199,6 +233,7 @@ def table_of(kind: str, found: dict[int, list[float]]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "growth": kind,
+            "clock": clock,
             "size": size.astype(np.int64),
             "median_ms": 1e3 * medians,
             "low_ms": 1e3 * low,
@@ -212,31 +247,36 @@ def table_of(kind: str, found: dict[int, list[float]]) -> pd.DataFrame:
 
 
 def draw(tables: Sequence[pd.DataFrame]) -> Figure:
-    """One row of panels per machine, one panel per growth, with its line."""
-    figure = Figure(figsize=(10.0, 0.3 + 2.5 * len(tables)), layout="constrained")
+    """One row of panels per machine, one panel per growth, with a line for each clock."""
+    figure = Figure(figsize=(10.0, 0.3 + 2.6 * len(tables)), layout="constrained")
     rows = figure.subplots(len(tables), len(UNITS), squeeze=False)
     for table, panels in zip(tables, rows, strict=True):
         for panel, (kind, unit) in zip(panels, UNITS.items(), strict=True):
-            points = table[table["growth"] == kind]
-            if points.empty:  # cut off before it was measured
+            growths = table[table["growth"] == kind]
+            if growths.empty:  # cut off before it was measured
                 panel.set_axis_off()
                 continue
-            size = points["size"].to_numpy() / (1e6 if kind == "parameters" else 1)
-            median, first = points["median_ms"].to_numpy(), points.iloc[0]
-            errors = [median - points["low_ms"], points["high_ms"] - median]
-            panel.errorbar(
-                size, median, yerr=errors, fmt="o", color="#0072B2", markersize=3.5, lw=0.8
-            )
-            line = first["intercept_ms"] + first["slope_ms"] * points["size"]
-            panel.plot(size, line, color="#D55E00", lw=1)
-            fit = f"R² {first['r_squared']:.4f}, exponent {first['exponent']:.2f}"
-            machine = f"{first['machine']}\n" if panel is panels[0] else ""
-            panel.set_title(machine + fit, fontsize=8, loc="left")
+            for clock, points in growths.groupby("clock", sort=False):
+                color, marker = CLOCKS[str(clock)]
+                size = points["size"].to_numpy() / (1e6 if kind == "parameters" else 1)
+                median, first = points["median_ms"].to_numpy(), points.iloc[0]
+                errors = [median - points["low_ms"], points["high_ms"] - median]
+                fit = f"R² {first['r_squared']:.4f}, exponent {first['exponent']:.2f}"
+                panel.errorbar(
+                    size, median, yerr=errors, fmt=marker, color=color, markersize=3.5, lw=0.8,
+                    label=f"{clock}: {fit}",
+                )  # fmt: skip
+                line = first["intercept_ms"] + first["slope_ms"] * points["size"]
+                panel.plot(size, line, color=color, lw=1)
+            panel.legend(
+                loc="lower left", bbox_to_anchor=(-0.05, 1.0), frameon=False, fontsize=7,
+                handletextpad=0.2, borderpad=0.1, labelspacing=0.2,
+            )  # fmt: skip
             panel.set(ylim=(0, None), xlim=(0, None))
             panel.set_xlabel(unit, fontsize=8)
             panel.tick_params(labelsize=7)
             panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylabel("ms", fontsize=8)
+        panels[0].set_ylabel(f"{table['machine'].iloc[0]}\nms", fontsize=8)
     return figure
 
 
@@ -256,10 +296,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("steps", with_steps, min(3, rounds)),
         ):
             started = time.perf_counter()
-            tables.append(table_of(kind, measure(chosen, options.device, times)))
+            found = measure(chosen, options.device, times)
+            tables += [table_of(kind, clock, by_size) for clock, by_size in found.items()]
             if options.device == "cuda":
                 torch.cuda.empty_cache()
-            print(tables[-1].to_string(index=False, float_format="{:.4g}".format))
+            for table in tables[-len(found) :]:
+                print(table.to_string(index=False, float_format="{:.4g}".format))
             print(f"{time.perf_counter() - started:.0f} s", flush=True)
             _tables.write(NAME, pd.concat(tables, ignore_index=True), options)
     save(draw(_tables.stored(NAME, options.out)), options.out / "figures" / NAME)

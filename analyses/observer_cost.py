@@ -51,6 +51,8 @@ NAME: Final = "observer_cost"
 RANK: Final = 16
 TARGET, TARGET_100 = 0.05, 0.001
 """Shares of training time that recording full fine-tuning is to stay under."""
+SHOWN: Final = 32.0
+"""Per cent at which the figure's axis ends."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,10 @@ def passing(recorder: dd.Recorder) -> float:
 
 
 def draw(tables: Sequence[pd.DataFrame]) -> Figure:
-    """One panel per machine: the share of training time of each setting, and its memory."""
+    """One panel per machine: the share of training time of each setting, and its memory.
+
+    A long bar has its number inside, and an arrow where it leaves the axis.
+    """
     heights = [len(table) for table in tables]
     figure = Figure(figsize=(7.5, 0.9 + 0.42 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -228,16 +233,20 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
             copied, mapped = row["copied_mb"], row["mapped_mb"]
             memory = f"{copied:.0f} MB copied" if copied else "no copy"
             memory = f"{mapped:.0f} MB mapped" if mapped else memory
+            bar = min(100 * row["share"], SHOWN)
+            inside = bar > 0.6 * SHOWN
             panel.annotate(
                 f"{100 * row['share']:.1f}% ({row['cost_ms']:.1f} of {row['step_ms']:.0f} ms), "
-                f"every 100th {100 * row['share_every_100']:.2g}%, {memory}",
-                *((max(x, 0), y), (6, 0)), textcoords="offset points", va="center", fontsize=7,
+                f"every 100th {100 * row['share_every_100']:.2g}%, {memory}"
+                + (" →" if bar == SHOWN else ""),
+                *((bar if inside else max(x, 0), y), (-6 if inside else 6, 0)),
+                textcoords="offset points", va="center", fontsize=7,
+                ha="right" if inside else "left", color="white" if inside else "black",
             )  # fmt: skip
         names = table["method"] + ", W₀ " + table["place"].map(_tables.PLACES)
         sizes = table["batch"].astype(str) + "×" + table["sequence"].astype(str)
         panel.set_yticks(at, table["model"] + ", " + sizes + "\n" + names, fontsize=7)
-        right = max(12.0, 2.2 * float(end.max()))
-        panel.set(xlim=(min(0.0, float(share.min())), right), ylim=(len(table) - 0.5, -0.5))
+        panel.set(xlim=(min(0.0, float(share.min())), SHOWN), ylim=(len(table) - 0.5, -0.5))
         panel.set_title(table["machine"].iloc[0], fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("time of a step, in %, that recording it adds (orange: asked for)")

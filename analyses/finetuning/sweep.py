@@ -120,7 +120,9 @@ def add_options(
     parser.add_argument("--name", default=name, help="name of the files written")
     parser.add_argument("--redraw", action="store_true", help="use the results of the last time")
     parser.add_argument(
-        "--resume", action="store_true", help="go on after an interruption; finished runs are kept"
+        "--resume",
+        action="store_true",
+        help="go on after an interruption; runs with a score are kept",
     )
 
 
@@ -149,7 +151,7 @@ def run_or_read(options: argparse.Namespace, jobs: Sequence[Job]) -> Sweep:
 
 def _interrupted(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep:
     """What an interrupted sweep finished; written beside the results, as a whole one would be."""
-    done = [outcome for job in jobs if (outcome := _finished(job, folder)) is not None]
+    done = [outcome for job in jobs if (outcome := _finished(job, folder))]
     if not done:
         raise SystemExit(f"{folder} holds no finished run to draw: run without --redraw.")
     names = {outcome["job"] for outcome in done}
@@ -169,13 +171,18 @@ def _interrupted(options: argparse.Namespace, jobs: Sequence[Job], folder: Path)
 
 def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
     """The outcome of a job whose run is complete; its score is missing where that was cut off."""
-    outcome, rows = folder / job.name / _OUTCOME, folder / job.name / TRAJECTORY_FILE
-    if outcome.exists():
-        found: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))
-        return found
-    if not rows.exists() or read_run(folder / job.name)["step"].max() < job.recipe.steps:
+    scored, rows = _scored(job, folder), folder / job.name / TRAJECTORY_FILE
+    if scored is not None:
+        return scored
+    if not rows.exists() or job.recipe.steps not in set(read_run(folder / job.name)["step"]):
         return None
     return _tagged(job) | dict.fromkeys(("retrieval", "label", "loss"), None)
+
+
+def _scored(job: Job, folder: Path) -> dict[str, Any] | None:
+    """The outcome of a job that ran to its end."""
+    outcome = folder / job.name / _OUTCOME
+    return json.loads(outcome.read_text(encoding="utf-8")) if outcome.exists() else None
 
 
 def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep:
@@ -186,7 +193,7 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
     before = base.score(task.held_out.to(device))
     done: list[dict[str, Any]] = []
     if options.resume:
-        done = [outcome for job in jobs if (outcome := _finished(job, folder)) is not None]
+        done = [outcome for job in jobs if (outcome := _scored(job, folder))]
     names = {outcome["job"] for outcome in done}
     left = [job for job in jobs if job.name not in names]
     workers = options.workers or (WORKERS_PER_GPU * _gpus() if device.type == "cuda" else 1)

@@ -25,7 +25,7 @@ import triton.language as tl
 from dora_dynamics._kernels.sums import UnitSums, from_array, ratio, to_host
 from dora_dynamics._kernels.triton_gather import gather
 from dora_dynamics._kernels.triton_low_rank_again import sum_again
-from dora_dynamics._kernels.triton_low_rank_plan import ENTRY, TILINGS, fits, plan_of
+from dora_dynamics._kernels.triton_low_rank_plan import ENTRY, fits, plan_of
 from dora_dynamics._kernels.triton_path import element_type
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Workspace:
 def launch(portion: Portion, parts: Tensor, sums: Tensor) -> None:
     """Fill in a, and e without its scaling."""
     kind = portion.kind
-    units, features, warps, stages = TILINGS[kind.rank]
+    units, features, warps, stages = kind.tiling
     with torch.cuda.device(sums.device):
         low_rank_kernel[(len(portion.owners),)](
             portion.table,

@@ -25,13 +25,19 @@ if TYPE_CHECKING:
 
 ENTRY: Final = 11
 """Numbers a site takes in the table, in the order in which the kernel reads them."""
+RANKS: Final = (16, 32, 64, 128)
+"""What ranks are padded to."""
 TILINGS: Final = {
-    16: (64, 128, 4, 3),
-    32: (64, 128, 4, 3),
-    64: (64, 64, 4, 3),
-    128: (128, 64, 8, 3),
+    (True, 16): (64, 128, 4, 3),
+    (True, 32): (64, 128, 4, 3),
+    (True, 64): (64, 64, 4, 3),
+    (True, 128): (128, 64, 8, 3),
+    (False, 16): (32, 32, 2, 3),
+    (False, 32): (32, 32, 2, 3),
+    (False, 64): (64, 64, 4, 3),
+    (False, 128): (64, 32, 4, 3),
 }
-"""By rank: units and features of a tile, warps, and tiles in flight."""
+"""By `Kind.is_split` and rank: units and features of a tile, warps, and tiles in flight."""
 PORTION: Final = 1 << 23
 """Elements of A, or of B, that one launch takes."""
 
@@ -51,13 +57,18 @@ class Kind:
         """Whether A is multiplied in three parts of bfloat16."""
         return self.before == torch.bfloat16
 
+    @property
+    def tiling(self) -> tuple[int, int, int, int]:
+        """Units and features of a tile, warps, and tiles in flight."""
+        return TILINGS[self.is_split, self.rank]
+
 
 def fits(update: LowRankUpdate) -> bool:
     """Whether the kernel was made for it."""
     before = update.before
     return (
         before.dtype != torch.float64
-        and update.A.shape[0] <= max(TILINGS)
+        and update.A.shape[0] <= max(RANKS)
         and 1 in before.stride()
         and update.A.device == update.B.device == before.device
     )
@@ -66,7 +77,7 @@ def fits(update: LowRankUpdate) -> bool:
 def kind_of(update: LowRankUpdate) -> Kind:
     """Its kind."""
     before, A, B = update.before, update.A, update.B
-    rank = triton.next_power_of_2(max(A.shape[0], min(TILINGS)))
+    rank = triton.next_power_of_2(max(A.shape[0], min(RANKS)))
     by_column = before.stride(1) != 1 and before.stride(0) == 1
     return Kind(before.dtype, A.dtype, B.dtype, rank, by_column)
 
@@ -153,7 +164,7 @@ def make_plan(updates: Sequence[LowRankUpdate], limit: int = PORTION) -> Plan:
 def portion_of(updates: Sequence[LowRankUpdate], first_unit: int) -> Portion:
     """The launch for these updates, whose sums begin at a unit."""
     kind, device = kind_of(updates[0]), updates[0].before.device
-    tile = TILINGS[kind.rank][0]
+    tile, *_ = kind.tiling
     table = np.empty((len(updates), ENTRY), np.int64)
     programs = offset = 0
     first = first_unit

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import contextmanager
-from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
@@ -29,13 +28,13 @@ from dora_dynamics.effective.peft_layers import refuse_model
 from dora_dynamics.errors import InputError
 from dora_dynamics.recording.baseline_source import BaselineError, given_weights, refuse_rewritten
 from dora_dynamics.recording.memory import (
-    address,
     are_alike,
     as_loaded,
     in_host_memory,
     share_memory,
 )
-from dora_dynamics.recording.optimizers import are_frozen, is_frozen
+from dora_dynamics.recording.optimizers import is_frozen
+from dora_dynamics.recording.shared_weights import SharedWeights
 from dora_dynamics.sharded import Adapted, ShardingError
 from dora_dynamics.sharded.models import expose
 
@@ -99,10 +98,8 @@ class Baselines:
         refuse_model(model)
         self._place: Place = place
         self._followed = followed
-        self._versions: dict[str, int] = {}
-        self._shared: set[str] = set()
+        self._shared = SharedWeights()
         self._probed: set[str] = set()
-        self._optimized: dict[int, list[int]] = {}
         self._seen: dict[str, Seen] | None = None
         self._quantized = {n: k for n, where in followed.items() if (k := where.quantization())}
         if source is None:
@@ -188,30 +185,12 @@ class Baselines:
 
     def confirm(self) -> None:
         """Take frozen weights for W_0 as they are now: what was written to them was checked."""
-        for name in list(self._shared):
+        for name in self._shared:
             self._share(name, self.weights[name])
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Copy each W_0 that is the live parameter, frozen until now, before it trains.
-
-        So is one in whose memory the optimizer trains another parameter, as `nn.Parameter(w.data)`
-        is one; that is looked at where the optimizer has other parameters than before.
-        """
-        if not self._shared:
-            return
-        if not are_frozen(list(map(self.weights.__getitem__, self._shared))):
-            self._part([n for n in self._shared if not is_frozen(self.weights[n])])
-        parameters = list(chain(*(group["params"] for group in optimizer.param_groups)))
-        identities = list(map(id, parameters))
-        if identities != self._optimized.get(id(optimizer)):
-            own = {id(self.weights[name]) for name in self._shared}
-            trained = {address(p) for p in parameters if id(p) not in own} - {0}
-            self._part([n for n in self._shared if address(self.weights[n]) in trained])
-            self._optimized[id(optimizer)] = identities
-
-    def _part(self, names: Iterable[str]) -> None:
-        """Copy these W_0, which are the live parameters."""
-        for name in names:
+        """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
+        for name in self._shared.about_to_train(optimizer):
             self.weights[name] = self._taken(self.weights[name])
             self._shared.discard(name)
 
@@ -382,9 +361,7 @@ class Baselines:
         return weight.to(stored.device)
 
     def _share(self, name: str, stored: Tensor) -> None:
-        self._shared.add(name)
-        self._optimized.clear()
-        self._versions[name] = version_of(self._followed[name].module, stored)
+        self._shared.add(name, stored, version_of(self._followed[name].module, stored))
         if hasattr(self, "weights"):
             self.weights[name] = stored
 
@@ -397,7 +374,7 @@ class Baselines:
                 "baseline=dora_dynamics.capture_baseline(model, targets)."
             )
         weight = self.weights[name]
-        known = self._versions[name]
+        known = self._shared.version(name)
         if stored is not weight:
             self._shared.discard(name)  # it has a new weight, and the old one is still W_0
             if stored is not None and share_memory(weight, stored):
@@ -408,7 +385,7 @@ class Baselines:
                 "was made; make the recorder after the weights are loaded.",
                 stacklevel=6,
             )
-            self._versions[name] = version_of(self._followed[name].module, weight)
+            self._share(name, weight)
 
     def _check_shapes(self) -> None:
         for name, weight in self.weights.items():

@@ -175,9 +175,8 @@ class _Routine:
 
     def add_step(self, optimizer: Optimizer) -> None:
         """Add what the optimizer's step has taken."""
-        shares = [share_of(optimizer, group) for group in optimizer.param_groups]
         for one in self.sums:
-            one.total += shares[one.group]
+            one.total += share_of(optimizer, optimizer.param_groups[one.group])
 
     def add_to(self, totals: dict[str, float]) -> None:
         """Write down how far the tensors have come."""
@@ -187,8 +186,10 @@ class _Routine:
 
 def _are_same(groups: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:
     """Whether these groups have the same parameters; loops that run in C."""
-    return list(map(len, groups)) == list(map(len, others)) and all(
-        map(operator.is_, chain(*groups), chain(*others))
+    return (
+        len(groups) == len(others)
+        and all(map(operator.eq, map(len, groups), map(len, others)))
+        and all(map(operator.is_, chain(*groups), chain(*others)))
     )
 
 

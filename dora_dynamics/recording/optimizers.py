@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def _decays(group: Mapping[str, Any]) -> bool:
     return bool(group.get("weight_decay", 0.0) != 0)
 
 
-def are_frozen(parameters: Sequence[Tensor]) -> bool:
+def are_frozen(parameters: Collection[Tensor]) -> bool:
     """Whether no optimizer will change any: they step over parameters without a gradient.
 
     Loops that run in C: this is asked at every step of the training.
@@ -55,7 +55,7 @@ def is_frozen(parameter: Tensor) -> bool:
     return are_frozen((parameter,))
 
 
-def has_no_gradient(parameters: Sequence[Tensor]) -> bool:
+def has_no_gradient(parameters: Collection[Tensor]) -> bool:
     """Whether an optimizer's step passes over all of these."""
     return not any(map(operator.is_not, map(GRADIENT, parameters), repeat(None)))
 

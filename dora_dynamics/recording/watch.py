@@ -76,13 +76,16 @@ class Watch:
         A step that is captured in a CUDA graph is not made, and nothing may be read meanwhile; when
         it is replayed, nothing is called, so that Λ is not known.
         """
+        is_captured = False  # the step that is being made
 
         def before(optimizer: Optimizer, *_: object) -> None:
-            if not is_being_captured():
+            nonlocal is_captured
+            is_captured = is_being_captured()
+            if not is_captured:
                 before_step(optimizer)
 
         def after(optimizer: Optimizer, *_: object) -> None:
-            if is_being_captured():
+            if is_captured:
                 self.forget_decay()
                 when_captured()
             elif not was_skipped(optimizer):

@@ -217,18 +217,25 @@ def test_a_sweep_over_processes_is_a_sweep_in_one(
     rows = (cut / "trajectory.csv").read_text().splitlines(keepends=True)
     (cut / "trajectory.csv").write_text("".join(rows[:-4]))
     out = ["--workers", "1", "--out", str(tmp_path / "with-1")]
+    empty = tmp_path / "with-1/runs/sweep/FT-0.0"  # failed before its first row
+    (empty / "outcome.json").rename(tmp_path / "kept.json")
+    (empty / "trajectory.csv").rename(tmp_path / "kept.csv")
+    (empty / "trajectory.csv").write_text(rows[0])
     sweep.results(parser.parse_args(out)).unlink()
     drawn = sweep.run_or_read(parser.parse_args([*common, *out, "--redraw"]), jobs)
-    assert drawn.about["unfinished"] == ["DoRA-0.1"]
-    assert [job["retrieval"] is None for job in drawn.about["jobs"]] == [False, True, False]
+    assert drawn.about["unfinished"] == ["FT-0.0", "DoRA-0.1"]
+    assert [job["retrieval"] is None for job in drawn.about["jobs"]] == [True, False]
     assert "runs_by_machine" not in drawn.about
+    (tmp_path / "kept.json").rename(empty / "outcome.json")
+    (tmp_path / "kept.csv").rename(empty / "trajectory.csv")
     for name in ("FT-0.0", "FT-0.1", "DoRA-0.0"):
         file = tmp_path / f"with-1/runs/sweep/{name}/run.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": "elsewhere"}))
     resumed = sweep.run_or_read(parser.parse_args([*common, *out, "--resume"]), jobs)
     assert resumed.trajectory(count=None).equals(tables[1])
     assert resumed.about["machine"] == "elsewhere"
-    assert [place["runs"] for place in resumed.about["runs_by_machine"]] == [3, 1]
+    assert [place["runs"] for place in resumed.about["runs_by_machine"]] == [2, 2]
+    assert not resumed.scores["retrieval"].isna().any()  # what has none is made again
 
     measures = ["method", "total", "seed", "step", "site"]
     assert tables[1][measures].equals(tables[2][measures])

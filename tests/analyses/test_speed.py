@@ -190,12 +190,14 @@ def test_turns_are_balanced() -> None:
 
 def test_fit_of_a_straight_line() -> None:
     found = {size: [0.5 + 0.25 * size] * 3 for size in (1, 10, 100, 1000)}
-    table = growth.table_of("sites", found)
+    table = growth.table_of("sites", "alone", found)
     np.testing.assert_allclose(table["slope_ms"], 250)
     np.testing.assert_allclose(table["intercept_ms"], 500)
     np.testing.assert_allclose(table["r_squared"], 1)
     assert table["exponent"].iloc[0] == pytest.approx(1, abs=0.02)
-    square = growth.table_of("sites", {size: [1e-6 * size**2] for size in (1, 10, 100, 1000)})
+    square = growth.table_of(
+        "sites", "alone", {size: [1e-6 * size**2] for size in (1, 10, 100, 1000)}
+    )
     assert square["r_squared"].iloc[0] < 0.995
     assert square["exponent"].iloc[0] == pytest.approx(2)
 

@@ -185,10 +185,12 @@ def _with_data(case: Case, adapted: Any) -> Any:
     """EVA takes its A from what the layers are given."""
     generator = torch.Generator().manual_seed(1)
     batches = [case.model.batch(generator).flatten(0, 1) for _ in range(4)]  # type: ignore[attr-defined]
-    peft.initialize_lora_eva_weights(
-        adapted, batches, forward_fn=lambda model, batch: model(batch),
-        prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "CUDA reports that you have")  # where there are several
+        peft.initialize_lora_eva_weights(
+            adapted, batches, forward_fn=lambda model, batch: model(batch),
+            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False,
+        )  # fmt: skip
     return adapted
 
 
