@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
-from dora_dynamics.recording import Recording, Watch
+from dora_dynamics.recording import Recording, Taking, Watch
 from dora_dynamics.recording.baseline import Baselines, Place
-from dora_dynamics.recording.baseline_source import BaselineError
 from dora_dynamics.recording.followed import Followed, common_method, follow
 from dora_dynamics.recording.metrics import role_means
 from dora_dynamics.recording.optimizers import settings, unwrapped
@@ -27,7 +26,6 @@ from dora_dynamics.sites import Site, check_ties, find_sites, once, other_names,
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     import pandas as pd
     from torch import Tensor, nn
@@ -171,9 +169,9 @@ class Recorder:
         )
         self._recording = Recording(self.sites, self._baseline, info, name=run, strict=strict)
         self._watch = Watch(self._followed)
+        self._taking = Taking(model, self._baseline, self._watch, self._recording)
         self._resumed: Progress | None = None
         self._counts_steps = True
-        self._is_lost = False
         if run_dir is not None:
             self.write_to(run_dir, overwrite=overwrite, resume=resume)
         elif kept or resume is not None:
@@ -335,8 +333,9 @@ class Recorder:
         self._watch.end()
         try:
             if record:
-                self._record_in_training()
-                with self._sparing_training("report", "the quantisation error is not known"):
+                self._taking.take_in_training(self.step)
+                so = "the quantisation error is not known"
+                with self._recording.sparing_training(self.step, "report", so):
                     self._report_quantization()
         finally:
             self._recording.close(alone=alone)
@@ -352,19 +351,7 @@ class Recorder:
             self._recording.troubles.tell(6)
             return
         if is_due:
-            self._record_in_training()
-
-    def _record_in_training(self) -> None:
-        if self._is_lost and not self._recording.is_together:
-            self._recording.troubles.tell(7)
-            return
-        with self._sparing_training("measuring", "the step is left out of the table"):
-            self._record(spare=True)
-        self._recording.raise_together()
-        self._recording.troubles.tell(7)
-
-    def _sparing_training(self, kind: str, so: str) -> AbstractContextManager[None]:
-        return self._recording.sparing_training(self.step, kind, so)
+            self._taking.take_in_training(self.step)
 
     def record(self) -> None:
         """Take the rows of the present step now, whatever the schedule says.
@@ -373,35 +360,12 @@ class Recorder:
         watched, failures are warned of, as at every recorded step; otherwise they are raised.
         """
         if self.is_attached:
-            self._record_in_training()
+            self._taking.take_in_training(self.step)
         else:
-            self._record(spare=False)
-            self._recording.raise_together()
-
-    def _record(self, *, spare: bool) -> None:
-        if self.last_recorded == self.step:
-            return
-        failure: Exception | None = None
-        with self._baseline.at_one_moment():
-            try:
-                self._watch.look_again()
-                self._baseline.expose(self._model)
-                if self._is_lost:
-                    raise BaselineError("W_0 is lost")
-            except Exception as error:
-                if not self._recording.is_together:
-                    raise
-                failure = error  # the other processes are told so by the record
-            decay = self._watch.total_decay
-            self._recording.record(self.step, decay, spare=spare, failure=failure)
+            self._taking.take(self.step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        try:
-            self._baseline.before_step(optimizer)
-        except Exception as error:
-            self._is_lost = True
-            so = "W_0 is lost, and nothing more is recorded"
-            self._recording.note_failure(self.step, "baseline", error, so)
+        self._taking.keep_baseline(self.step, optimizer)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         try:

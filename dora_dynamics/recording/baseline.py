@@ -34,6 +34,11 @@ from dora_dynamics.recording.memory import (
     share_memory,
 )
 from dora_dynamics.recording.optimizers import is_frozen
+from dora_dynamics.recording.quantization import (
+    error_beside_update,
+    quantized,
+    with_quantization,
+)
 from dora_dynamics.recording.shared_weights import SharedWeights
 from dora_dynamics.sharded import Adapted, ShardingError
 from dora_dynamics.sharded.models import expose
@@ -101,7 +106,7 @@ class Baselines:
         self._shared = SharedWeights()
         self._probed: set[str] = set()
         self._seen: dict[str, Seen] | None = None
-        self._quantized = {n: k for n, where in followed.items() if (k := where.quantization())}
+        self._quantized = quantized(followed)
         if source is None:
             refuse_rewritten(model, followed)
             self.description = "the model's own weights when the recorder was made"
@@ -113,7 +118,8 @@ class Baselines:
             self._copy_live(followed)
         self._given = source is not None
         if self._quantized:
-            self._note_quantization()
+            kinds, is_given = self._quantized.values(), self._given
+            self.description = with_quantization(self.description, kinds, is_given=is_given)
 
     def settle(self, followed: Mapping[str, Followed]) -> None:
         """Adapt to what happened since: adapters applied, the model moved or its dtype changed.
@@ -321,19 +327,11 @@ class Baselines:
     def quantization_report(self) -> str | None:
         """How the quantisation error of the base compares with the update; None if not known.
 
-        Known where W_0 was given: the error is the base's distance from it, the update is how far
-        the effective weight is from the base. The median over the quantised tensors.
+        Known where W_0 was given.
         """
         if not self._given or not self._quantized:
             return None
-        ratios = []
-        for name in self._quantized:
-            where = self._followed[name]
-            base, now = where.base().to(torch.float64), where.dense().to(torch.float64)
-            error = torch.linalg.vector_norm(base - self.weights[name].to(base))
-            ratios.append(error / torch.linalg.vector_norm(now - base))
-        ratio = float(torch.stack(ratios).median())
-        return f"the quantisation error of the base weights is {ratio:.2g} times the update"
+        return error_beside_update(self._quantized, self._followed, self.weights)
 
     def _own(self, name: str) -> Tensor:
         where = self._followed[name]
@@ -395,16 +393,3 @@ class Baselines:
                     f"the baseline's {name} has the shape {tuple(weight.shape)} and the model's "
                     f"{tuple(expected)}: give the checkpoint this model was made from."
                 )
-
-    def _note_quantization(self) -> None:
-        kinds = ", ".join(sorted(set(self._quantized.values())))
-        if self._given:
-            self.description += f"; the model's own base weights are quantised ({kinds})"
-            return
-        self.description += f", dequantised ({kinds})"
-        warnings.warn(
-            f"the base weights are quantised ({kinds}): changes are measured from their "
-            "dequantised values, and the quantisation error, which can be many times the update, "
-            "is not known; baseline= the 16-bit checkpoint measures from that, and tells.",
-            stacklevel=4,
-        )
