@@ -227,15 +227,12 @@ def low_rank_change(
             f"magnitude must have shape ({out_features},), not {tuple(magnitude.shape)}."
         )
     with torch.no_grad():
+        update = _kernels.LowRankUpdate(before, A, B, scaling)
         if magnitude is None:
-            if axis == "input":
-                before, A, B = before.T, B.T, A.T
-            sums = _kernels.low_rank_sums(before, A, B, scaling)
+            sums = _kernels.low_rank_sums(update if axis == "output" else update.transposed)
             change = unit_change(sums, least_left=LEAST_LEFT_BY_FACTORS)
         elif axis == "output":
-            change = _rescale(
-                _kernels.low_rank_sums(before, A, B, scaling), magnitude.to(torch.float64)
-            )
+            change = _rescale(_kernels.low_rank_sums(update), magnitude.to(torch.float64))
         else:
             base = before.to(torch.float64)
             turned = base + scaling * (B.to(torch.float64) @ A.to(torch.float64))

@@ -246,12 +246,11 @@ class Measurement:
                     after = built(base, replace(effective, B=B, magnitude=scale))
                     dense[i] = base.T, after.T
                 continue
+            update = LowRankUpdate(before, A, B, effective.scaling)
             if m is None:
-                along = self._axis == "output"
-                factors = (before, A, B) if along else (before.T, B.T, A.T)
-                lora[i] = LowRankUpdate(*factors, effective.scaling)
+                lora[i] = update if self._axis == "output" else update.transposed
             elif m.ndim == 1 and len(site.select(m)) == len(B):
-                dora[i] = LowRankUpdate(before, A, B, effective.scaling), site.select(m)
+                dora[i] = update, site.select(m)
 
         places: dict[int, _Place] = {}
         for members, queued, least_left in (

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from dora_dynamics._kernels import blocks, threads
-from dora_dynamics._kernels.low_rank_update import LowRankUpdate
 from dora_dynamics._kernels.sums import (
     LARGEST,
     SMALLEST,
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from dora_dynamics._kernels.low_rank_update import LowRankUpdate
+
 _BLOCK_ELEMENTS: Final = 1 << 17
 """Elements a CPU block holds: its float64 working set (4 MiB) stays in a core's cache."""
 _LARGE: Final = 1 << 20
@@ -37,19 +38,13 @@ _DEVICE_BLOCK: Final = 1 << 24
 """On a GPU a block is as large as its float64 copy may be: 128 MiB."""
 
 
-def low_rank_sums(before: Tensor, A: Tensor, B: Tensor, scaling: float) -> UnitSums:
+def low_rank_sums(update: LowRankUpdate) -> UnitSums:
     """Sums of the low-rank change d = scaling · B A without building it.
-
-    Args:
-        before: W_0, shape (units, features).
-        A: shape (rank, features).
-        B: shape (units, rank).
-        scaling: the factor on B A, alpha / rank in LoRA.
 
     The products of rank size are kept in float64: c = s² diag(B (A Aᵀ) Bᵀ) and
     e = s Σ (W_0 Aᵀ) ∘ B.
     """
-    return low_rank_sums_of_all([LowRankUpdate(before, A, B, scaling)])[0]
+    return low_rank_sums_of_all([update])[0]
 
 
 def low_rank_sums_of_all(updates: Sequence[LowRankUpdate]) -> list[UnitSums]:

@@ -24,3 +24,8 @@ class LowRankUpdate:
     A: Tensor
     B: Tensor
     scaling: float
+
+    @property
+    def transposed(self) -> LowRankUpdate:
+        """The same change of W_0 transposed: what were features are units."""
+        return LowRankUpdate(self.before.T, self.B.T, self.A.T, self.scaling)

@@ -133,9 +133,7 @@ def _plan(
         for block in own:
             factors = own_factors(block, weight.after, whole)
             update = LowRankUpdate(block.weight, factors.A, factors.B, factors.scaling)
-            if axis == "input":
-                update = LowRankUpdate(update.before.T, update.B.T, update.A.T, update.scaling)
-            summands.append(update)
+            summands.append(update if axis == "output" else update.transposed)
     else:
         for before, now in zip(own, _dense_blocks(weight, site), strict=True):
             common = torch.promote_types(before.weight.dtype, now.weight.dtype)
