@@ -55,7 +55,7 @@ class Entry:
 
 
 RANK: Final = (
-    "python -m analyses.rank --seeds 3 --steps 400 --batch-size 128 --held-out 1000 "
+    "python -m analyses.rank --seeds 5 --steps 400 --batch-size 128 --held-out 1000 "
     "--data pairs.jsonl"
 )
 

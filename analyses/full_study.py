@@ -52,7 +52,8 @@ PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     ),
     "2": (
         (
-            f"rank --seeds 3 {SHORT} {{minilm}} {{common}}",
+            f"rank --seeds 5 {SHORT} {{minilm}} {{common}}",
+            f"rank --no-decay --name rank_no_decay --seeds 5 {SHORT} {{minilm}} {{common}}",
             f"heads_and_norms --seeds 3 {SHORT} {{minilm}} {{common}}",
         ),
         ("sign_map --seeds 3 --steps 300 --batch-size 128 --held-out 1000 {minilm} {common}",),

@@ -1,4 +1,4 @@
-"""Run: `python -m analyses.rank` (full setting: `--seeds 3 --steps 400 --batch-size 128`).
+"""Run: `python -m analyses.rank` (full setting: `--seeds 5 --steps 400 --batch-size 128`).
 
 Task score and coupling against rank, 2 to 128, for LoRA and DoRA, beside full fine-tuning; DoRA
 against LoRA of its rank and of twice its rank; and how many directions the updates really use: the
