@@ -6,7 +6,6 @@ A float32 factor comes as three bfloat16 parts, 24 bits together, where the tens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_dynamics._kernels.sums import on_device
 from dora_dynamics._kernels.triton_path import element_type
-from dora_dynamics._kernels.triton_table import own_share, shared_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENTRY: Final = 7
-"""Numbers a factor takes in the table."""
+"""Numbers a factor takes in the table, in the order in which the kernel reads them."""
 _BLOCK: Final = 2048
 """Elements a program copies."""
 
@@ -50,17 +49,19 @@ class Gathering:
 def gathering(factors: Sequence[Tensor]) -> Gathering:
     """The copy of these factors, all of one dtype, one after the other, each row by row."""
     table = np.empty((len(factors), _ENTRY), np.int64)
-    sizes = [factor.numel() for factor in factors]
-    for entry, factor, size in zip(table, factors, sizes, strict=True):
-        entry[:-2] = factor.data_ptr(), factor.shape[1], *factor.stride(), size
-    firsts = list(accumulate(sizes[:-1], initial=0))
-    table_there, owners = shared_out(table, sizes, _BLOCK, firsts, factors[0].device)
+    programs = offset = 0
+    for entry, factor in zip(table, factors, strict=True):
+        size = factor.numel()
+        entry[:] = (factor.data_ptr(), factor.shape[1], *factor.stride(), size, programs, offset)
+        programs += -(-size // _BLOCK)
+        offset += size
+    owners = np.repeat(np.arange(len(factors), dtype=np.int32), np.diff([*table[:, 5], programs]))
     return Gathering(
         dtype=factors[0].dtype,
         contiguous=all(factor.is_contiguous() for factor in factors),
-        table=table_there,
-        owners=owners,
-        size=sum(sizes),
+        table=on_device(table, factors[0].device),
+        owners=on_device(owners, factors[0].device),
+        size=offset,
     )
 
 
@@ -103,13 +104,17 @@ def _gather_kernel(
     BLOCK: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
 ) -> None:
-    _, entry, index, offset = own_share(table, owners, ENTRY, BLOCK)
+    program = tl.program_id(0)
+    entry = table + tl.load(owners + program).to(tl.int64) * ENTRY
     source = tl.load(entry).to(tl.pointer_type(SOURCE))
     columns = tl.load(entry + 1).to(tl.int32)
     row_apart = tl.load(entry + 2)
     column_apart = tl.load(entry + 3)
     size = tl.load(entry + 4)
+    first_program = tl.load(entry + 5).to(tl.int32)
+    offset = tl.load(entry + 6)
 
+    index = (program - first_program) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     if CONTIGUOUS:
         value = tl.load(source + index, mask=inside, other=0.0)

@@ -27,7 +27,6 @@ from dora_dynamics._kernels.triton_gather import gather
 from dora_dynamics._kernels.triton_low_rank_again import sum_again
 from dora_dynamics._kernels.triton_low_rank_plan import ENTRY, fits, plan_of
 from dora_dynamics._kernels.triton_path import element_type
-from dora_dynamics._kernels.triton_table import own_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +57,8 @@ def _low_rank_kernel(
     BY_COLUMN: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
-    _, entry, unit, first_unit = own_share(table, owners, ENTRY, UNITS)
+    program = tl.program_id(0)
+    entry = table + tl.load(owners + program).to(tl.int64) * ENTRY
     before = tl.load(entry).to(tl.pointer_type(W))
     factor = tl.load(entry + 1).to(tl.pointer_type(B))
     units = tl.load(entry + 2).to(tl.int32)
@@ -67,7 +67,9 @@ def _low_rank_kernel(
     apart = tl.load(entry + 5)
     factor_unit = tl.load(entry + 6)
     factor_rank = tl.load(entry + 7)
-    packed += tl.load(entry + 8)
+    first_program = tl.load(entry + 8).to(tl.int32)
+    first_unit = tl.load(entry + 9)
+    packed += tl.load(entry + 10)
     if ALIGNED:
         before = tl.multiple_of(before, 16)
         apart = tl.multiple_of(apart, 16)
@@ -77,6 +79,7 @@ def _low_rank_kernel(
         if BY_COLUMN:
             units = tl.multiple_of(units, 16)
 
+    unit = (program - first_program) * UNITS + tl.arange(0, UNITS)
     inside = unit < units
     column = tl.arange(0, FEATURES)
     r = tl.arange(0, RANK)

@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_dynamics._kernels.sums import LARGEST, SMALLEST, TANGENTIAL_SHARE
+from dora_dynamics._kernels.sums import LARGEST, SMALLEST, TANGENTIAL_SHARE, on_device
 from dora_dynamics._kernels.triton_path import element_type
-from dora_dynamics._kernels.triton_table import own_share, shared_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from dora_dynamics._kernels.low_rank_update import LowRankUpdate
 
 _ENTRY: Final = 14
-"""Numbers a site takes in the table."""
+"""Numbers a site takes in the table, in the order in which the kernel reads them."""
 _UNITS: Final = 16
 _FEATURES: Final = 64
 
@@ -47,8 +46,13 @@ def _again_kernel(
     LARGE: tl.constexpr,
     SHARE: tl.constexpr,
 ) -> None:
-    site, entry, unit, first_unit = own_share(table, owners, ENTRY, UNITS)
+    program = tl.program_id(0)
+    site = tl.load(owners + program).to(tl.int64)
+    entry = table + site * ENTRY
     units = tl.load(entry + 3).to(tl.int32)
+    first_program = tl.load(entry + 12).to(tl.int32)
+    first_unit = tl.load(entry + 13)
+    unit = (program - first_program) * UNITS + tl.arange(0, UNITS)
     inside = unit < units
     slot = out + first_unit + unit
     a = tl.load(slot, mask=inside, other=0.0)
@@ -124,15 +128,18 @@ def launches(updates: Sequence[LowRankUpdate], first_units: Sequence[int]) -> li
     found = []
     for kind, members in kinds.items():
         table = np.empty((len(updates), _ENTRY), np.int64)
-        units = [0] * len(updates)
+        counts = []
+        programs = 0
         for i in members:
             before, A, B = updates[i].before, updates[i].A, updates[i].B
-            table[i, :-2] = (
+            table[i] = (
                 *(before.data_ptr(), A.data_ptr(), B.data_ptr(), *before.shape, A.shape[0]),
-                *(*before.stride(), *A.stride(), *B.stride()),
+                *(*before.stride(), *A.stride(), *B.stride(), programs, first_units[i]),
             )
-            units[i] = before.shape[0]
-        found.append(Again(kind, *shared_out(table, units, _UNITS, first_units, device)))
+            counts.append(-(-before.shape[0] // _UNITS))
+            programs += counts[-1]
+        owners = np.repeat(np.array(members, np.int32), counts)
+        found.append(Again(kind, on_device(table, device), on_device(owners, device)))
     return found
 
 

@@ -15,7 +15,6 @@ from dora_dynamics._kernels.recent import Recent
 from dora_dynamics._kernels.sums import on_device
 from dora_dynamics._kernels.triton_gather import Gathering, gathering
 from dora_dynamics._kernels.triton_low_rank_again import Again, launches
-from dora_dynamics._kernels.triton_table import shared_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from dora_dynamics._kernels.low_rank_update import LowRankUpdate
 
 ENTRY: Final = 11
-"""Numbers a site takes in the table."""
+"""Numbers a site takes in the table, in the order in which the kernel reads them."""
 RANKS: Final = (16, 32, 64, 128)
 """What ranks are padded to."""
 TILINGS: Final = {
@@ -167,27 +166,28 @@ def portion_of(updates: Sequence[LowRankUpdate], first_unit: int) -> Portion:
     kind, device = kind_of(updates[0]), updates[0].before.device
     tile, *_ = kind.tiling
     table = np.empty((len(updates), ENTRY), np.int64)
-    offset = 0
+    programs = offset = 0
+    first = first_unit
     for entry, update in zip(table, updates, strict=True):
         before, A, B = update.before, update.A, update.B
         apart = before.stride(1 if kind.by_column else 0)
-        entry[:-2] = (
+        entry[:] = (
             *(before.data_ptr(), B.data_ptr(), *before.shape, A.shape[0], apart),
-            *(*B.stride(), offset),
+            *(*B.stride(), programs, first, offset),
         )
+        programs += -(-before.shape[0] // tile)
         offset += A.numel()
-    multiples = table[:, [0, 2, 3, 5, 8] if kind.by_column else [0, 3, 5, 8]]
-    units = [update.before.shape[0] for update in updates]
-    firsts = list(accumulate(units[:-1], initial=first_unit))
-    table_there, owners = shared_out(table, units, tile, firsts, device)
+        first += before.shape[0]
+    owners = np.repeat(np.arange(len(updates), dtype=np.int32), np.diff([*table[:, 8], programs]))
+    multiples = table[:, [0, 2, 3, 5, 10] if kind.by_column else [0, 3, 5, 10]]
     return Portion(
         kind=kind,
         first_unit=first_unit,
         shapes=dict(Counter((update.A.shape, update.B.shape) for update in updates)),
         A=gathering([update.A for update in updates]),
         B=gathering([update.B for update in updates]),
-        table=table_there,
-        owners=owners,
+        table=on_device(table, device),
+        owners=on_device(owners, device),
         aligned=bool((multiples % 16 == 0).all()),
     )
 

@@ -23,9 +23,9 @@ from dora_dynamics._kernels.sums import (
     TANGENTIAL_SHARE,
     UnitSums,
     from_array,
+    on_device,
     to_host,
 )
-from dora_dynamics._kernels.triton_table import own_share, shared_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENTRY: Final = 10
-"""Numbers a weight takes in the table."""
+"""Numbers a weight takes in the table, in the order in which the kernel reads them."""
 _TYPES: Final = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -122,7 +122,8 @@ def _dense_kernel(
     LARGE: tl.constexpr,
     SHARE: tl.constexpr,
 ) -> None:
-    _, entry, unit, first_unit = own_share(table, owners, ENTRY, UNITS)
+    program = tl.program_id(0)
+    entry = table + tl.load(owners + program).to(tl.int64) * ENTRY
     before = tl.load(entry).to(tl.pointer_type(DTYPE))
     after = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
     units = tl.load(entry + 2).to(tl.int32)
@@ -131,6 +132,8 @@ def _dense_kernel(
     after_unit = tl.load(entry + 5)
     before_feature = tl.load(entry + 6)
     after_feature = tl.load(entry + 7)
+    first_program = tl.load(entry + 8).to(tl.int32)
+    first_unit = tl.load(entry + 9)
     if ALIGNED:
         before = tl.multiple_of(before, 16)
         after = tl.multiple_of(after, 16)
@@ -150,6 +153,7 @@ def _dense_kernel(
             before_feature = 1
             after_feature = 1
 
+    unit = (program - first_program) * UNITS + tl.arange(0, UNITS)
     inside = unit < units
     column = tl.arange(0, FEATURES)
     w_rows = before + (unit.to(tl.int64) * before_unit)[:, None]
@@ -327,18 +331,24 @@ def make_plan(pairs: Sequence[tuple[Tensor, Tensor]], tiling: Tiling | None = No
         widest = max(pairs[i][0].shape[1] for i in members)
         chosen = tiling or tiling_of(layout, widest)
         table = np.empty((len(members), _ENTRY), np.int64)
+        programs = 0
         for entry, i in zip(table, members, strict=True):
             before, after = pairs[i]
             strides = [
                 s for pair in zip(before.stride(), after.stride(), strict=True) for s in pair
             ]
-            entry[:-2] = before.data_ptr(), after.data_ptr(), *before.shape, *strides
+            entry[:] = (
+                *(before.data_ptr(), after.data_ptr(), *before.shape, *strides),
+                *(programs, first_units[i]),
+            )
+            programs += -(-before.shape[0] // chosen.units)
+        counts = np.diff([*table[:, 8], programs])
+        owners = np.repeat(np.arange(len(members), dtype=np.int32), counts)
         whole = bool((table[:, 3] % chosen.features == 0).all())
-        units = [pairs[i][0].shape[0] for i in members]
-        firsts = [first_units[i] for i in members]
         device = pairs[members[0]][0].device
-        shared = shared_out(table, units, chosen.units, firsts, device)
-        launches.append(Launch(layout, chosen, whole, *shared))
+        launches.append(
+            Launch(layout, chosen, whole, on_device(table, device), on_device(owners, device))
+        )
     return Plan(tuple(launches), tuple(first_units[:-1]), first_units[-1])
 
 
