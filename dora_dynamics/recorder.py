@@ -289,7 +289,7 @@ class Recorder:
         self._recording.wait()
         with all_alike(self._baseline.is_sharded):
             expose(self._model)
-            watched = [unwrapped(optimizer) for optimizer in optimizers]
+            watched = list(dict.fromkeys(unwrapped(optimizer) for optimizer in optimizers))
             self._followed = follow(self._model, self.sites)
             check_ties(self.sites, tensor_names(self._model), stacklevel=5)
             self._watch.follow(self._followed)

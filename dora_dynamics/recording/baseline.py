@@ -197,6 +197,7 @@ class Baselines:
     def before_step(self, optimizer: Optimizer) -> None:
         """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
         for name in self._shared.about_to_train(optimizer):
+            self._tell_if_changed(name, stacklevel=6)
             self.weights[name] = self._taken(self.weights[name])
             self._shared.discard(name)
 
@@ -372,16 +373,22 @@ class Baselines:
                 "baseline=dora_dynamics.capture_baseline(model, targets)."
             )
         weight = self.weights[name]
-        known = self._shared.version(name)
-        if stored is not weight:
-            self._shared.discard(name)  # it has a new weight, and the old one is still W_0
-            if stored is not None and share_memory(weight, stored):
-                self.weights[name] = self._taken(weight)
-        elif weight._version != known != version_of(self._followed[name].module, weight):
+        if stored is weight:
+            self._tell_if_changed(name, stacklevel=7)
+            return
+        self._shared.discard(name)  # it has a new weight, and the old one is still W_0
+        if stored is not None and share_memory(weight, stored):
+            self.weights[name] = self._taken(weight)
+
+    def _tell_if_changed(self, name: str, stacklevel: int) -> None:
+        """Warn where a weight that is W_0 was written to; what it is now is W_0 from here on."""
+        weight, known = self.weights[name], self._shared.version(name)
+        if weight._version != known != version_of(self._followed[name].module, weight):
             warnings.warn(
-                f"the frozen weight of {name} was changed in place after the recorder "
-                "was made; make the recorder after the weights are loaded.",
-                stacklevel=6,
+                f"the frozen weight of {name} was changed in place after the recorder was made, "
+                "and is W_0 as it is now; make the recorder after the weights are loaded, and "
+                "attach it to all optimizers.",
+                stacklevel=stacklevel,
             )
             self._share(name, weight)
 

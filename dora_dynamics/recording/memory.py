@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor
 
 TORCHS_OWN: Final = (torch.Tensor, torch.nn.Parameter)
@@ -20,14 +24,31 @@ def as_loaded(weight: Tensor, stored: Tensor) -> torch.dtype:
     return stored.dtype if wider or other else weight.dtype
 
 
-def address(tensor: Tensor) -> int:
-    """Where the values of one of torch's own tensors begin in memory; 0 for any other."""
-    return tensor.data_ptr() if type(tensor) in TORCHS_OWN else 0
+def extent(tensor: Tensor) -> range:
+    """The addresses from the first value of one of torch's own tensors to its last; or none."""
+    if type(tensor) not in TORCHS_OWN or not tensor.numel():
+        return range(0)
+    first = tensor.data_ptr()
+    steps = sum((n - 1) * apart for n, apart in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(first, first + (steps + 1) * tensor.element_size() if first else 0)
 
 
 def share_memory(weight: Tensor, stored: Tensor) -> bool:
-    """Whether what trains one of these changes the other."""
-    return address(weight) == address(stored) != 0
+    """Whether what trains one of these may change the other."""
+    return bool(overlapping({"": weight}, [stored]))
+
+
+def overlapping(weights: Mapping[str, Tensor], others: Iterable[Tensor]) -> list[str]:
+    """The weights that have memory in common with any of the others."""
+    taken = sorted((where.start, where.stop) for where in map(extent, others) if where)
+    ends = list(accumulate((stop for _, stop in taken), max))  # of all that begin no later
+    found = []
+    for name, weight in weights.items():
+        here = extent(weight)
+        before = bisect_left(taken, (here.stop,))
+        if here and before and ends[before - 1] > here.start:
+            found.append(name)
+    return found
 
 
 def in_host_memory(weight: Tensor, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
+    from types import FrameType
 
     from torch import Tensor, nn
 
@@ -92,6 +94,27 @@ def was_skipped(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer was called by a GradScaler that found Inf, and so did nothing."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether the step that calls a hook was itself called by a step of the same optimizer.
+
+    A subclass's step may call `super().step()`, and torch calls the hooks of both, once it has seen
+    an optimizer of the class above.
+    """
+    for above in type(optimizer).__mro__[1:]:
+        if getattr(getattr(above, "step", None), "hooked", False):
+            break
+    else:
+        return False
+    step: Any = type(optimizer).step
+    code = step.__code__  # torch's, around every class's step
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None and found < 2:
+        found += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found > 1
 
 
 def _as_plain(value: object) -> object:

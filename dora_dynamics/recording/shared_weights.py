@@ -6,7 +6,9 @@ import operator
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from dora_dynamics.recording.memory import address
+import torch
+
+from dora_dynamics.recording.memory import TORCHS_OWN, overlapping
 from dora_dynamics.recording.optimizers import are_frozen, is_frozen
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ class SharedWeights:
         """None yet."""
         self._weights: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
-        self._optimized: dict[int, list[int]] = {}
+        self._optimized: dict[int, tuple[list[int], list[int]]] = {}
+        """By optimizer: who its parameters are, where that matters, and where they are."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
@@ -54,7 +57,8 @@ class SharedWeights:
         """Those that train from now on, before the optimizer's step; W_0 is to be copied.
 
         So is one in whose memory the optimizer trains another parameter, as `nn.Parameter(w.data)`
-        is one; that is looked at where the optimizer has other parameters than before.
+        is one; that is looked at where the optimizer has other parameters than before, or theirs
+        are elsewhere.
         """
         if not self._weights:
             return []
@@ -62,16 +66,19 @@ class SharedWeights:
         if not are_frozen(self._weights.values()):
             found = [name for name, weight in self._weights.items() if not is_frozen(weight)]
         groups = [group["params"] for group in optimizer.param_groups]
-        known = self._optimized.get(id(optimizer), [])
-        same = sum(map(len, groups)) == len(known)
-        if not (same and all(map(operator.eq, map(id, chain(*groups)), known))):
+        identities, addresses = self._optimized.get(id(optimizer), ([], []))
+        if not (
+            sum(map(len, groups)) == len(addresses or identities)
+            and all(map(operator.eq, identities, map(id, chain(*groups))))
+            and all(map(operator.eq, addresses, map(torch.Tensor.data_ptr, chain(*groups))))
+        ):
             parameters = list(chain(*groups))
             own = set(map(id, self._weights.values()))
-            trained = {address(p) for p in parameters if id(p) not in own} - {0}
-            found += [
-                name
-                for name, weight in self._weights.items()
-                if name not in found and address(weight) in trained
-            ]
-            self._optimized[id(optimizer)] = list(map(id, parameters))
+            others = [parameter for parameter in parameters if id(parameter) not in own]
+            found += [n for n in overlapping(self._weights, others) if n not in found]
+            plain = all(type(parameter) in TORCHS_OWN for parameter in parameters)
+            addresses = [parameter.data_ptr() for parameter in parameters] if plain else []
+            enough = plain and len(others) == len(parameters)
+            identities = [] if enough else list(map(id, parameters))
+            self._optimized[id(optimizer)] = identities, addresses
         return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_dynamics.recording.decay import TotalDecay
-from dora_dynamics.recording.optimizers import trains_any, was_skipped
+from dora_dynamics.recording.optimizers import is_inner_step, trains_any, was_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -76,26 +76,13 @@ class Watch:
         A step that is captured in a CUDA graph is not made, and nothing may be read meanwhile; when
         it is replayed, nothing is called, so that Λ is not known.
         """
-        is_captured = False  # the step that is being made
 
-        def before(optimizer: Optimizer, *_: object) -> None:
-            nonlocal is_captured
-            is_captured = is_being_captured()
-            if not is_captured:
-                before_step(optimizer)
-
-        def after(optimizer: Optimizer, *_: object) -> None:
-            if is_captured:
-                self.forget_decay()
-                when_captured()
-            elif not was_skipped(optimizer):
-                after_step(optimizer)
+        def captured() -> None:
+            self.forget_decay()
+            when_captured()
 
         for optimizer in optimizers:
-            self._hooks += [
-                optimizer.register_step_pre_hook(before),
-                optimizer.register_step_post_hook(after),
-            ]
+            self._hooks += _hooked(optimizer, before_step, after_step, captured)
 
     def end(self) -> None:
         """Let go of the optimizers."""
@@ -119,6 +106,38 @@ class Watch:
     def forget_decay(self) -> None:
         """Λ is not known from here on."""
         self.total_decay = dict.fromkeys(self.total_decay, math.nan)
+
+
+def _hooked(
+    optimizer: Optimizer,
+    before_step: Callable[[Optimizer], None],
+    after_step: Callable[[Optimizer], None],
+    when_captured: Callable[[], None],
+) -> list[RemovableHandle]:
+    """The hooks of one optimizer; a compiler leaves them as they are where it compiles the step."""
+    is_captured = False  # the step that is being made
+
+    def before(optimizer: Optimizer, *_: object) -> None:
+        nonlocal is_captured
+        if is_inner_step(optimizer):
+            return
+        is_captured = is_being_captured()
+        if not is_captured:
+            before_step(optimizer)
+
+    def after(optimizer: Optimizer, *_: object) -> None:
+        if is_inner_step(optimizer):
+            return
+        if is_captured:
+            when_captured()
+        elif not was_skipped(optimizer):
+            after_step(optimizer)
+
+    compiler: Any = torch.compiler
+    return [
+        optimizer.register_step_pre_hook(compiler.disable(before)),
+        optimizer.register_step_post_hook(compiler.disable(after)),
+    ]
 
 
 def is_being_captured() -> bool:
