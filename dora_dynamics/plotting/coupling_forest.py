@@ -9,14 +9,9 @@ import numpy as np
 
 from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
-from dora_dynamics.plotting._panels import (
-    beside,
-    checked,
-    dot,
-    given_axes,
-    order_of,
-    refuse_many,
-)
+from dora_dynamics.plotting._legends import beside, dot
+from dora_dynamics.plotting._panels import given_axes, refuse_many
+from dora_dynamics.plotting._rows import checked, order_of
 from dora_dynamics.plotting._style import (
     LAYER_COLOURS,
     LINE_COLOUR,

@@ -10,18 +10,9 @@ import pandas as pd
 
 from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
-from dora_dynamics.plotting._panels import (
-    Layers,
-    Panel,
-    add_headroom,
-    checked,
-    dot,
-    finite,
-    label_outer,
-    legends,
-    panels,
-    refuse_many,
-)
+from dora_dynamics.plotting._legends import Layers, dot, legends
+from dora_dynamics.plotting._panels import Panel, add_headroom, label_outer, panels, refuse_many
+from dora_dynamics.plotting._rows import checked, finite
 from dora_dynamics.plotting._style import (
     FINAL_MARKER,
     INTERMEDIATE_MARKERS,
@@ -62,7 +53,8 @@ def magnitude_direction(
 ) -> Figure:
     """Draws ΔM against ΔD as in Figures 2 and 5 of the DoRA paper (arXiv:2402.09353).
 
-    One panel per method (FT, LoRA, DoRA first), and a row of such panels per role. A point is one
+    One panel per method (FT, LoRA, DoRA first), and a row of such panels per role; none where a
+    method has no points of a role. A point is one
     weight at one checkpoint; its colour is the layer, which the stacks of a model share, and its
     marker the checkpoint. The last step of a run is its final checkpoint. Where a run has more than
     three steps before it, these are drawn in three equal parts, early to late, one marker each.
@@ -81,7 +73,8 @@ def magnitude_direction(
             trajectory has several, ``role``. Computed from the drawn rows where None.
         signed: Draw the mean of m′ − m₀, which may be negative, in place of that of |m′ − m₀|.
         ax: Axes to draw into, as many as there are panels, role by role (one alone for one
-            panel), such as those of a seaborn FacetGrid; a new figure where None.
+            panel), or one for every method of every role, such as those of a seaborn FacetGrid;
+            a new figure where None.
         legend: Draw the legends of layers and checkpoints.
         style: "paper" (6.75 in wide, one panel 3.25 in), "column" (panels below each other, 3.25 in
             wide) or "slide".
@@ -111,13 +104,11 @@ def magnitude_direction(
         area = look.marker_area * min(1.0, max(0.3, math.sqrt(_CROWDED / crowd)))
         said = []
         for panel in drawn:
-            panel.axes.set_title(in_figure(panel.title))
-            if not panel.rows.empty:
-                _points(panel, layers, measure, look, area)
-                statistic = _statistic(table, panel, by, signed)
-                said.append((panel, _wording(statistic, len(panel.rows))))
-                _regression(panel, float(statistic["slope"]), measure)
-        add_headroom([panel for panel, _ in said], _HEADROOM)
+            _points(panel, layers, measure, look, area)
+            statistic = _statistic(table, panel, by, signed)
+            said.append((panel, _wording(statistic, len(panel.rows))))
+            _regression(panel, float(statistic["slope"]), measure)
+        add_headroom(drawn, _HEADROOM)
         for panel, words in said:
             _print(panel, words)
         delta = "signed ΔM" if signed else "ΔM"

@@ -9,17 +9,9 @@ from matplotlib.lines import Line2D
 
 from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
-from dora_dynamics.plotting._panels import (
-    Layers,
-    Panel,
-    checked,
-    finite,
-    in_order,
-    label_outer,
-    legends,
-    line_marker,
-    panels,
-)
+from dora_dynamics.plotting._legends import Layers, legends, line_marker
+from dora_dynamics.plotting._panels import Panel, label_outer, panels
+from dora_dynamics.plotting._rows import checked, finite, in_order
 from dora_dynamics.plotting._style import LINE_COLOUR, Style, StyleName, context, style_named
 from dora_dynamics.shown_text import in_figure
 
@@ -58,7 +50,8 @@ def trajectories(
 ) -> Figure:
     """Draws a measure over the steps of training: a line per weight, a panel per method.
 
-    FT, LoRA and DoRA come first; every role has a row of panels. Colours and markers are layers,
+    FT, LoRA and DoRA come first; every role has a row of panels, with none where a method has no
+    finite value of it. Colours and markers are layers,
     dashes are stacks. Lines of several runs (seeds) of one method are drawn alike but half
     transparent. Where the measure is NaN or infinite the line has a gap. The values are those of
     the table.
@@ -68,7 +61,8 @@ def trajectories(
         measure: Column to draw, one of `Measure`.
         by: Column that has a panel per value.
         ax: Axes to draw into, as many as there are panels, role by role (one alone for one
-            panel), such as those of a seaborn FacetGrid; a new figure where None.
+            panel), or one for every method of every role, such as those of a seaborn FacetGrid;
+            a new figure where None.
         legend: Draw the legends of layers and stacks.
         style: "paper", "column" (panels below each other) or "slide".
         title: Title of the figure.
@@ -90,7 +84,8 @@ def trajectories(
         rows["head"] = trajectory["head"].astype(object).map(str).to_numpy()
     else:
         rows["head"] = ""
-    finite(rows, ["step", measure])
+    place = rows.set_index(list(dict.fromkeys([by, "role"]))).index
+    rows = rows[place.isin(place[finite(rows, ["step", measure]).index])]
     layers, stacks = Layers.of(rows), in_order(rows["stack"])
     unit = str(trajectory.attrs.get("axis", "output"))
     with context(look):

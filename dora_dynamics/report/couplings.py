@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, get_args
 import numpy as np
 import pandas as pd
 
-from dora_dynamics.plotting._panels import in_order
+from dora_dynamics.plotting._rows import in_order
 from dora_dynamics.report.errors import ReportError
 from dora_dynamics.report.words import correlation, three_digits
 from dora_dynamics.statistics import Level, coupling

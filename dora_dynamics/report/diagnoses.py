@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dora_dynamics.diagnosis import diagnose
-from dora_dynamics.plotting._panels import in_order
+from dora_dynamics.plotting._rows import in_order
 from dora_dynamics.report.words import three_digits
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.colors import Normalize, to_hex
 
-from dora_dynamics.plotting._panels import in_order
+from dora_dynamics.plotting._rows import in_order
 from dora_dynamics.plotting._style import (
     LAYER_COLOURS,
     LAYER_MAP,

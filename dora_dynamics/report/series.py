@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dora_dynamics.plotting._panels import in_order
+from dora_dynamics.plotting._rows import in_order
 from dora_dynamics.report.errors import ReportError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import dora_dynamics
 from dora_dynamics import provenance
-from dora_dynamics.plotting._panels import in_order
+from dora_dynamics.plotting._rows import in_order
 from dora_dynamics.report import packing
 from dora_dynamics.report.cautions import Caution, cautions
 from dora_dynamics.report.couplings import coupling_lines, coupling_table

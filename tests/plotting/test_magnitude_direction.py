@@ -204,12 +204,48 @@ def test_a_row_of_panels_per_role() -> None:
     assert [axes.get_title() for axes in panels(by_role)] == ["query", "value"]
 
 
-def test_a_method_without_a_role_has_an_empty_panel() -> None:
-    table = pd.concat([trajectory(["FT"], roles=["query", "value"]), trajectory(["LoRA"])])
-    *_, last = panels(magnitude_direction(table))
-    assert last.get_title() == "LoRA, value"
-    assert len(offsets(last)) == 0
-    assert not last.texts
+def places(figure: Figure) -> dict[str, tuple[int, int]]:
+    """Line and column of each panel, by its title."""
+    found = {}
+    for axes in panels(figure):
+        spec = axes.get_subplotspec()
+        assert spec is not None
+        found[axes.get_title()] = (spec.rowspan.start, spec.colspan.start)
+    return found
+
+
+def test_a_method_without_a_role_has_a_gap_for_a_panel() -> None:
+    table = pd.concat([trajectory(["FT"]), trajectory(["LoRA"], roles=["query", "value", "key"])])
+    figure = magnitude_direction(table)
+    assert places(figure) == {
+        **{"FT, query": (0, 0), "LoRA, query": (0, 1)},
+        **{"LoRA, value": (1, 1), "LoRA, key": (2, 1)},
+    }
+    assert all(len(offsets(axes)) and axes.texts for axes in panels(figure))
+    assert [bool(axes.get_ylabel()) for axes in panels(figure)] == [True, False, True, True]
+    assert [bool(axes.get_xlabel()) for axes in panels(figure)] == [True, False, False, True]
+    below_each_other = magnitude_direction(table, style="column")
+    assert list(places(below_each_other).values()) == [(line, 0) for line in range(4)]
+
+
+def test_panels_follow_each_other_where_half_would_be_gaps() -> None:
+    roles = {"FT": "query", "LoRA": "value", "DoRA": "key", "PiSSA": "up", "rsLoRA": "down"}
+    several = pd.concat([trajectory([method], roles=[role]) for method, role in roles.items()])
+    titles = [f"{method}, {role}" for method, role in roles.items()]
+    two = several[several["method"].isin(["FT", "LoRA"])]
+    assert places(magnitude_direction(two)) == dict(zip(titles, [(0, 0), (0, 1)], strict=False))
+    grid = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert places(magnitude_direction(several)) == dict(zip(titles, grid, strict=True))
+
+
+def test_roles_of_many_methods_begin_a_line_each() -> None:
+    names = [f"method {i}" for i in range(6)]
+    table = pd.concat([trajectory(names), trajectory(names[:5], roles=["value"])])
+    found = places(magnitude_direction(table))
+    assert len(found) == 6 + 5
+    assert found["method 5, query"] == (1, 2)
+    assert found["method 0, value"] == (2, 0)
+    assert found["method 4, value"] == (3, 1)
 
 
 def test_many_methods_wrap_into_rows() -> None:

@@ -131,6 +131,21 @@ def test_too_few_axes_are_said(draw: Draw) -> None:
         draw(trajectory(roles=["query", "value"]), ax=Figure().subplots())
 
 
+@pytest.mark.parametrize("draw", [magnitude_direction, trajectories])
+def test_axes_for_each_panel_or_for_gaps_too(draw: Draw) -> None:
+    table = pd.concat([trajectory(["FT"]), trajectory(["LoRA"], roles=["query", "value"])])
+    own = marks(draw(table))
+    for count in (3, 4):
+        figure = Figure()
+        axes = figure.subplots(1, count)
+        assert set(own) <= set(marks(draw(table, ax=axes)))
+        titles = [one.get_title() for one in axes if one.has_data()]
+        assert titles == ["FT, query", "LoRA, query", "LoRA, value"]
+        assert [one.has_data() for one in axes] == [True, True, count == 3, True][:count]
+    with pytest.raises(ValueError, match="3 panels are to be drawn, but 2 axes given"):
+        draw(table, ax=Figure().subplots(1, 2))
+
+
 def test_subfigures_are_places_like_others(draw: Draw) -> None:
     whole = Figure(layout="constrained")
     left, right = np.ravel(whole.subfigures(1, 2))  # type: ignore[arg-type]

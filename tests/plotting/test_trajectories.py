@@ -45,6 +45,16 @@ def test_a_gap_where_a_value_is_missing_and_a_line_per_run_and_head() -> None:
     assert np.isnan(drawn).sum() == 1
 
 
+def test_a_method_whose_role_is_nowhere_finite_has_no_panel() -> None:
+    table = trajectory(["FT", "LoRA"], roles=["query", "value"])
+    lost = (table["method"] == "LoRA") & (table["role"] == "value")
+    table.loc[lost, "delta_direction"] = np.nan
+    titles = [axes.get_title() for axes in trajectories(table, "delta_direction").axes]
+    assert titles == ["FT, query", "LoRA, query", "FT, value"]
+    by_role = trajectories(table[table["method"] == "LoRA"], "delta_direction", by="role")
+    assert [axes.get_title() for axes in by_role.axes] == ["query"]
+
+
 def test_forty_layers_and_unknown_measures() -> None:
     figure = trajectories(trajectory(["FT"], layers=40, stacks=[""]), "delta_magnitude")
     assert figure.axes[-1].get_ylabel() == "layer"
