@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from dora_dynamics.recording.followed import Followed, common_method, follow
 from dora_dynamics.recording.metrics import role_means
 from dora_dynamics.recording.optimizers import settings, unwrapped
 from dora_dynamics.recording.resume import choose_baseline, read_progress
+from dora_dynamics.recording.troubles import warn_user
 from dora_dynamics.runs import directory as run_directory
 from dora_dynamics.runs.directory import RunInfo
 from dora_dynamics.schedule import Keep, Schedule, kept_kinds, schedule
@@ -296,7 +296,7 @@ class Recorder:
             self._recording.check_kept()
         self._baseline.settle(self._followed)
         self._check_baseline()
-        self._watch.check_trains(watched, stacklevel=5)
+        self._watch.check_trains(watched)
         if not self._is_method_given and self._recording.rows.are_none:
             self._recording.rename(common_method(self._followed))
         self._recording.info.hyperparameters.update(settings(watched))
@@ -339,7 +339,7 @@ class Recorder:
                     self._report_quantization()
         finally:
             self._recording.close(alone=alone)
-            self._recording.troubles.tell(6)
+            self._recording.troubles.tell()
 
     def advance_to(self, step: int) -> None:
         """Take over the step of a loop that counts by itself, and record it when it is due."""
@@ -348,7 +348,7 @@ class Recorder:
             is_due = self._wanted(step)
         except Exception as error:
             self._recording.note_failure(step, "schedule", error, "it is not recorded")
-            self._recording.troubles.tell(6)
+            self._recording.troubles.tell()
             return
         if is_due:
             self._taking.take_in_training(self.step)
@@ -379,7 +379,7 @@ class Recorder:
     def _when_captured(self) -> None:
         if self._counts_steps:
             self._recording.note_captured()
-            self._recording.troubles.tell(6)
+            self._recording.troubles.tell()
 
     def _report_quantization(self) -> None:
         report = self._baseline.quantization_report()
@@ -388,7 +388,7 @@ class Recorder:
             baseline = f"{self._baseline.description}; {report}"
             self._recording.info = replace(self._recording.info, baseline=baseline)
             self._recording.describe()
-            warnings.warn(f"{report}, and is part of what is measured.", stacklevel=4)
+            warn_user(f"{report}, and is part of what is measured.")
 
 
 def _model_name(model: nn.Module) -> str:

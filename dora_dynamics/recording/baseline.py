@@ -8,7 +8,6 @@ pre-trained checkpoint.
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Literal, get_args
@@ -40,6 +39,7 @@ from dora_dynamics.recording.quantization import (
     with_quantization,
 )
 from dora_dynamics.recording.shared_weights import SharedWeights
+from dora_dynamics.recording.troubles import warn_user
 from dora_dynamics.sharded import Adapted, ShardingError
 from dora_dynamics.sharded.models import expose
 
@@ -197,7 +197,7 @@ class Baselines:
     def before_step(self, optimizer: Optimizer) -> None:
         """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
         for name in self._shared.about_to_train(optimizer):
-            self._tell_if_changed(name, stacklevel=6)
+            self._tell_if_changed(name)
             self.weights[name] = self._taken(self.weights[name])
             self._shared.discard(name)
 
@@ -374,21 +374,20 @@ class Baselines:
             )
         weight = self.weights[name]
         if stored is weight:
-            self._tell_if_changed(name, stacklevel=7)
+            self._tell_if_changed(name)
             return
         self._shared.discard(name)  # it has a new weight, and the old one is still W_0
         if stored is not None and share_memory(weight, stored):
             self.weights[name] = self._taken(weight)
 
-    def _tell_if_changed(self, name: str, stacklevel: int) -> None:
+    def _tell_if_changed(self, name: str) -> None:
         """Warn where a weight that is W_0 was written to; what it is now is W_0 from here on."""
         weight, known = self.weights[name], self._shared.version(name)
         if weight._version != known != version_of(self._followed[name].module, weight):
-            warnings.warn(
+            warn_user(
                 f"the frozen weight of {name} was changed in place after the recorder was made, "
                 "and is W_0 as it is now; make the recorder after the weights are loaded, and "
-                "attach it to all optimizers.",
-                stacklevel=stacklevel,
+                "attach it to all optimizers."
             )
             self._share(name, weight)
 

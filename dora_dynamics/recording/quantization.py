@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
+
+from dora_dynamics.recording.troubles import warn_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,11 +35,10 @@ def with_quantization(description: str, kinds: Iterable[str], *, is_given: bool)
     words = ", ".join(sorted(set(kinds)))
     if is_given:
         return f"{description}; the model's own base weights are quantised ({words})"
-    warnings.warn(
+    warn_user(
         f"the base weights are quantised ({words}): changes are measured from their "
         "dequantised values, and the quantisation error, which can be many times the update, "
-        "is not known; baseline= the 16-bit checkpoint measures from that, and tells.",
-        stacklevel=4,
+        "is not known; baseline= the 16-bit checkpoint measures from that, and tells."
     )
     return f"{description}, dequantised ({words})"
 

@@ -43,13 +43,13 @@ class Taking:
     def take_in_training(self, step: int) -> None:
         """The same in a training, to whose user what goes wrong is told."""
         if self._is_lost and not self._recording.is_together:
-            self._recording.troubles.tell(7)
+            self._recording.troubles.tell()
             return
         so = "the step is left out of the table"
         with self._recording.sparing_training(step, "measuring", so):
             self._take(step, spare=True)
         self._recording.raise_together()
-        self._recording.troubles.tell(7)
+        self._recording.troubles.tell()
 
     def _take(self, step: int, *, spare: bool) -> None:
         if self._recording.last == step:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import warnings
+from pathlib import Path
+from typing import Final
+
+import torch
+
+_NO_USERS: Final = (
+    f"{Path(__file__).parents[1]}/",
+    f"{Path(torch.__file__).parent}/",
+    contextlib.__file__,
+)
+"""Files through which a user's line leads to a warning: ours, and torch's, which call our hooks."""
 
 
 class Troubles:
@@ -42,12 +55,20 @@ class Troubles:
         with self._guard:
             self._known.discard(kind)
 
-    def tell(self, stacklevel: int = 3) -> None:
+    def tell(self) -> None:
         """Warn of what is not told yet; for the thread that trains."""
         with self._guard:
             untold, self._untold = self._untold, []
         for message in untold:
-            warnings.warn(message, stacklevel=stacklevel)
+            warn_user(message)
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line of the user's that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NO_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def in_words(error: Exception) -> str:

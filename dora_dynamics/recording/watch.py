@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dora_dynamics.recording.decay import TotalDecay
 from dora_dynamics.recording.optimizers import is_inner_step, trains_any, was_skipped
+from dora_dynamics.recording.troubles import warn_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,13 +55,12 @@ class Watch:
         """Look up anew which parameters carry the magnitudes, at the next step."""
         self._decay.look_again()
 
-    def check_trains(self, optimizers: Sequence[Optimizer], stacklevel: int) -> None:
+    def check_trains(self, optimizers: Sequence[Optimizer]) -> None:
         """Warn where these optimizers train no parameter of the followed weights."""
         if not trains_any(optimizers, [followed.module for followed in self._followed.values()]):
-            warnings.warn(
+            warn_user(
                 "the optimizer trains no parameter of the followed weights: make it after the "
-                "adapters are applied, and check requires_grad.",
-                stacklevel=stacklevel,
+                "adapters are applied, and check requires_grad."
             )
 
     def begin(

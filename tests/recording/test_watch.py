@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -119,3 +120,23 @@ def test_that_is_compiled() -> None:
         float((linear.weight.detach() - before).norm()), rel=1e-5
     )
     assert last["total_decay"] == pytest.approx(0.002)
+
+
+def test_what_goes_wrong_is_told_at_the_line_of_the_user_s() -> None:
+    layers = [nn.Linear(5, 3).requires_grad_(False), nn.Linear(3, 2).requires_grad_(False)]
+    optimizer = torch.optim.SGD(nn.ModuleList(layers).parameters())
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)  # wraps the step
+    recorder = dd.Recorder(
+        nn.Sequential(*layers), ["*"], every=lambda step: 1 // (step - 1) > 2, method="FT"
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with recorder.attach(optimizer):
+            for linear in layers:
+                linear.weight.detach().add_(1.0)
+            layers[1].requires_grad_(True)
+            optimizer.step()
+    words = ["weight of 1 was changed", "division or modulo by zero", "weight of 0 was changed"]
+    for one, said in zip(told, words, strict=True):
+        assert said in str(one.message)
+        assert one.filename == __file__
