@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +53,58 @@ def test_runs_describes_what_was_recorded(runs: list[str]) -> None:
     assert first["steps"] == [0, 3, 6, 9, 12, 15, 16]
     assert first["rows"] == 35
     assert first["seed"] == 3
-    text = call("runs", *runs).output
+    text = call("runs", runs[0]).output
     assert "5 sites" in text
     assert "axis output" in text
+
+
+def test_several_runs_are_a_table_and_what_they_share_is_said_once(
+    runs: list[str], tmp_path: Path
+) -> None:
+    folder = Path(runs[0]).parent
+    copies = tmp_path / "runs"
+    shutil.copytree(folder, copies)
+    for number in range(4):
+        shutil.copytree(folder / "FT", copies / f"copy-{number}")
+    info = json.loads((copies / "LoRA" / "run.json").read_text())
+    info |= {"run": "a\x1b[2J\nname", "model": "Another", "targets": ["query", "value"]}
+    (copies / "LoRA" / "run.json").write_text(json.dumps(info))
+    header, *lines = call("runs", str(copies)).output.splitlines()
+    table, facts = lines[: lines.index("")], lines[lines.index("") + 1 :]
+    assert re.split(" {2,}", header) == [
+        *("run", "name", "method", "seed", "sites", "steps", "last step", "rows", "recorded (UTC)")
+    ]
+    rows = {line.split()[0]: re.split(" {2,}", line)[1:] for line in table}
+    assert list(rows) == sorted(map(str, copies.iterdir()))
+    assert rows[str(copies / "LoRA")][:-1] == [
+        *("a\\x1b[2J\\nname", "LoRA", "3", "5", "7", "16", "35")
+    ]
+    assert rows[str(copies / "FT")][:-1] == ["FT", "3", "5", "7", "16", "35"]
+    assert len({line.index("35  20") for line in table}) == 1
+    assert f"model     Sequential  (5 runs, one of them {copies / 'FT'})" in facts
+    assert f"          Another  ({copies / 'LoRA'})" in facts
+    assert f"          query, value  ({copies / 'LoRA'})" in facts
+    assert facts.count("axis      output") == 1
+    assert sum(line.startswith("baseline") for line in facts) == 1
+
+
+def test_runs_that_all_differ_are_counted_and_rows_of_nan_too(
+    runs: list[str], tmp_path: Path
+) -> None:
+    for number in range(7):
+        shutil.copytree(runs[0], tmp_path / f"{number}")
+        info = json.loads((tmp_path / f"{number}" / "run.json").read_text())
+        changed = info | {"run": f"{number}", "model": f"model {number}"}
+        (tmp_path / f"{number}" / "run.json").write_text(json.dumps(changed))
+    file = tmp_path / "3" / "trajectory.csv"
+    head, first, *rest = file.read_text().splitlines()
+    cells = dict(zip(head.split(","), first.split(","), strict=True)) | {"non_finite": "2"}
+    file.write_text("\n".join([head, ",".join(cells.values()), *rest, ""]))
+    shown = call("runs", str(tmp_path)).output
+    assert "          and 2 others: see --json\n" in shown
+    header, *lines = shown.splitlines()
+    end = header.index("rows with NaN") + len("rows with NaN")
+    assert [line[end - 1] for line in lines[:7]] == [*"   1   "]
 
 
 def test_coupling_prints_what_scipy_finds(runs: list[str]) -> None:

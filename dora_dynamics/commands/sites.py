@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from dora_dynamics.commands.printing import say
+from dora_dynamics.commands.printing import print_table, say
 from dora_dynamics.commands.targets import parse_targets
 from dora_dynamics.errors import InputError
 
@@ -61,9 +61,9 @@ def sites(model: str, targets: str | None, granularity: Any, show_all: bool, as_
         click.echo(json.dumps(described, indent=2, ensure_ascii=False))
     elif show_all:
         columns = ["site", "head", "stack", "layer", "role", "units", "unit", "also known as"]
-        _print_table([line | {"also known as": _others(line)} for line in described], columns)
+        print_table([line | {"also known as": _others(line)} for line in described], columns)
     else:
-        _print_table(_by_role(described), list(_by_role(described)[0]))
+        print_table(_by_role(described), list(_by_role(described)[0]))
         for line in described:
             if line["also_known_as"]:
                 say(f"{line['site']} is also {_others(line)}.")
@@ -240,11 +240,3 @@ def _ranges(layers: set[int]) -> str:
         return ""
     whole = set(range(min(layers), max(layers) + 1)) == layers and len(layers) > 1
     return f"{min(layers)}–{max(layers)}" if whole else ", ".join(map(str, sorted(layers)))
-
-
-def _print_table(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    cells = [["" if line[c] is None else str(line[c]) for c in columns] for line in lines]
-    shown = [i for i in range(len(columns)) if any(row[i] for row in cells)]
-    widths = {i: max(len(columns[i]), *(len(row[i]) for row in cells)) for i in shown}
-    for row in [list(columns), *cells]:
-        say("  ".join(row[i].ljust(widths[i]) for i in shown).rstrip())
