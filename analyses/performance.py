@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import StrMethodFormatter
 
+from analyses import _drawing as drawing
 from analyses import _tables
 from analyses._performance import (
     Case,
@@ -42,6 +44,8 @@ from dora_dynamics.plotting import save
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from matplotlib.figure import Figure
+
 LLAMA_LAYER: Final = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 NAME: Final = "performance"
 LIMITS: Final = ("read", "copy")
@@ -57,6 +61,23 @@ TARGETS: Final = {
     ("4096×4096, bf16", "numba"): 0.4,
 }
 """The fraction of bandwidth that a way is to reach, by case and way."""
+_FAST: Final = {"color": "#0072B2", "marker": "o"}
+_LOW_RANK: Final = {"color": "#D55E00", "marker": "D"}
+_HOLLOW: Final = {"markerfacecolor": "white"}
+LOOKS: Final[dict[str, dict[str, Any]]] = {
+    "naive": {"color": "#999999", "marker": "x"},
+    "naive, float64": {"color": "#999999", "marker": "+"},
+    "built, then triton": {"color": "#009E73", "marker": "v"},
+    "numpy blocks": {"color": "#56B4E9", "marker": "s"},
+    "numba": _FAST,
+    "triton": _FAST,
+    "triton, to host": _FAST | _HOLLOW,
+    "low rank": _LOW_RANK,
+    "low rank, to host": _LOW_RANK | _HOLLOW,
+}
+"""How each way is drawn."""
+_POINT: Final[dict[str, Any]] = {"linestyle": "none", "markersize": 5}
+BESIDE: Final = ("axes fraction", "data")
 
 
 def transformer(layers: int, width: int, inner: int) -> list[tuple[int, int]]:
@@ -131,30 +152,41 @@ def measure(case: Case, device: str, rounds: int, limit: float) -> pd.DataFrame:
 
 
 def draw(tables: Sequence[pd.DataFrame]) -> Figure:
-    """One panel per machine: the fraction of bandwidth of each way, and what is asked for."""
-    colours = {"naive": "#999999", "naive, float64": "#cccccc"}
-    heights = [len(table) for table in tables]
-    figure = Figure(figsize=(7.5, 0.6 + 0.2 * sum(heights)), layout="constrained")
-    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, table in zip(panels, tables, strict=True):
-        at = np.arange(len(table))
-        panel.barh(at, table["fraction"], color=[colours.get(p, "#0072B2") for p in table["path"]])
-        panel.plot(table["target"], at, "|", color="#D55E00", markersize=9, markeredgewidth=2.5)
-        ends = table[["fraction", "target"]].max(axis=1)
-        for y, end, path, fraction, times in zip(
-            *(at, ends, table["path"], table["fraction"], table["times_naive_float64"]), strict=True
-        ):
-            said = "" if path.startswith("naive") else f", {times:.0f}× naive in float64"
-            panel.annotate(
-                f"{fraction:.2f}{said}", (end, y), (5, 0), textcoords="offset points",
-                va="center", fontsize=7,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )  # fmt: skip
-        panel.set_yticks(at, table["case"] + ": " + table["path"], fontsize=7)
-        panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
-        panel.set(xlim=(0, max(1.75, 1.47 * float(ends.max()))), ylim=(len(table) - 0.5, -0.5))
-        panel.set_title(table["machine"].iloc[0], fontsize=9, loc="left")
-    panels[-1].set_xlabel("fraction of measured bandwidth (orange: what is asked for)")
+    """One panel per machine, a line per case: the fraction of bandwidth of each way."""
+    cases_of = [list(dict.fromkeys(table["case"])) for table in tables]
+    lines = [len(names) for names in cases_of]
+    size = {"height": 1.2 + 0.3 * len(tables) + 0.17 * sum(lines), "height_ratios": lines}
+    with drawing.panels(len(tables), 1, sharex=True, **size) as (figure, axes):
+        for panel, table, names in zip(axes[:, 0], tables, cases_of, strict=True):
+            for path, look in LOOKS.items():
+                mine = table[table["path"] == path]
+                at = mine["case"].map(names.index)
+                panel.plot(mine["fraction"], at, **_POINT, **look)
+                asked = {"color": look["color"], "markersize": 11, "markeredgewidth": 2}
+                panel.plot(mine["target"], at, "|", zorder=1, **asked)
+            ours = table[~table["path"].str.startswith("naive")]
+            best = ours.loc[ours.groupby("case")["fraction"].idxmax()].set_index("case")
+            for at, case in enumerate(names):
+                fraction, times = best.loc[case, ["fraction", "times_naive_float64"]]
+                said = f"{fraction:.2f}, {times:.0f}×"
+                panel.annotate(said, (1.02, at), xycoords=BESIDE, va="center")
+            panel.annotate("best way", (1.02, -1.1), xycoords=BESIDE, va="center")
+            panel.set_yticks(range(len(names)), names)
+            panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":", zorder=1)
+            panel.set(xscale="log", ylim=(len(names) - 0.4, -0.6))
+            panel.set_title(table["machine"].iloc[0], loc="left")
+        axes[-1, 0].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes[-1, 0].set_xlabel(
+            "fraction of measured bandwidth (a bar: what is asked of the way of that colour)\n"
+            "best way: its fraction, and how many times faster it is than naive in float64"
+        )
+        seen = {path for table in tables for path in table["path"]}
+        handles = [
+            Line2D([], [], label=path, **_POINT, **look)
+            for path, look in LOOKS.items()
+            if path in seen
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure
 
 
