@@ -155,8 +155,9 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
     """One panel per machine, a line per case: the fraction of bandwidth of each way."""
     cases_of = [list(dict.fromkeys(table["case"])) for table in tables]
     lines = [len(names) for names in cases_of]
-    size = {"height": 1.2 + 0.3 * len(tables) + 0.17 * sum(lines), "height_ratios": lines}
-    with drawing.panels(len(tables), 1, sharex=True, **size) as (figure, axes):
+    height = 1.2 + 0.3 * len(tables) + 0.17 * sum(lines)
+    looks: dict[str, Any] = {"sharex": True, "height_ratios": lines}
+    with drawing.panels(len(tables), 1, height=height, **looks) as (figure, axes):
         for panel, table, names in zip(axes[:, 0], tables, cases_of, strict=True):
             for path, look in LOOKS.items():
                 mine = table[table["path"] == path]
@@ -166,10 +167,10 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
                 panel.plot(mine["target"], at, "|", zorder=1, **asked)
             ours = table[~table["path"].str.startswith("naive")]
             best = ours.loc[ours.groupby("case")["fraction"].idxmax()].set_index("case")
-            for at, case in enumerate(names):
+            for line, case in enumerate(names):
                 fraction, times = best.loc[case, ["fraction", "times_naive_float64"]]
                 said = f"{fraction:.2f}, {times:.0f}×"
-                panel.annotate(said, (1.02, at), xycoords=BESIDE, va="center")
+                panel.annotate(said, (1.02, line), xycoords=BESIDE, va="center")
             panel.annotate("best way", (1.02, -1.1), xycoords=BESIDE, va="center")
             panel.set_yticks(range(len(names)), names)
             panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":", zorder=1)
