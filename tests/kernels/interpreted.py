@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from dora_dynamics._kernels import (
     LowRankUpdate,
@@ -94,8 +97,62 @@ def gathered() -> None:
             assert not parts[:, what.size :].any()
 
 
+def with_bfloat16_products() -> None:
+    """Have the interpreter multiply bfloat16 by its value: it takes the bits for whole numbers."""
+    builder = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def value(factor: Any) -> Any:
+        if factor.data.dtype != np.uint16:
+            return factor
+        bits = factor.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return create_dot(self, value(a), value(b), *others)
+
+    builder.create_dot = dot
+
+
+def assert_low_rank(sums: torch.Tensor, update: LowRankUpdate) -> None:
+    """The sums of an update that is no trouble, shape (4, units), beside those in float64."""
+    reference = low_rank.plain_sums(update)
+    a, e, c, P = sums
+    scale = (reference.before_square * reference.update_square).sqrt()
+    assert bool(((a / reference.before_square - 1).abs() < 1e-6).all())
+    assert bool(((e - reference.dot).abs() < 1e-6 * scale).all())
+    assert bool(((c / reference.update_square - 1).abs() < 1e-12).all())
+    assert bool(((P / reference.tangential_square - 1).abs() < 1e-6).all())
+
+
+def every_tiling() -> None:
+    """e of the kernel itself, in tiles of each kind: more than one, the last ones not full."""
+    generator = torch.Generator().manual_seed(0)
+    updates = []
+    for (is_split, padded), (rows, columns, *_) in triton_low_rank_plan.TILINGS.items():
+        dtype = torch.bfloat16 if is_split else torch.float32
+        for units, features, rank in (
+            (rows + 3, columns + 5, padded * 2 // 3),
+            (rows + 16, columns + 16, padded),
+        ):
+            w = changed((units, features), dtype)[0]
+            A = torch.randn(rank, features, generator=generator) / 8
+            B = torch.randn(units, rank, generator=generator) * 1e-3
+            for layout in ("rows", "columns"):
+                updates.append(LowRankUpdate(LAYOUTS[layout](w), A, B, 2.0))
+    plans = [triton_low_rank_plan.make_plan([update]) for update in updates]
+    kinds = [portion.kind for plan in plans for portion in plan.portions]
+    assert len({(kind.is_split, kind.rank, kind.by_column) for kind in kinds}) == 16
+    assert {portion.aligned for plan in plans for portion in plan.portions} == {False, True}
+    with mock.patch.object(triton_low_rank, "sum_again"):  # which would hide a wrong e
+        for update, plan in zip(updates, plans, strict=True):
+            sums = torch.empty((4, plan.total), dtype=torch.float64)
+            triton_low_rank.run(plan, sums)
+            assert_low_rank(sums, update)
+
+
 def low_rank_changes() -> None:
-    """e and c of LoRA's factors, in both layouts; bfloat16 products are not interpreted."""
+    """e and c of LoRA's factors, in both layouts."""
     generator = torch.Generator().manual_seed(0)
     updates = []
     for dtype in (torch.float32, torch.float16):
@@ -124,13 +181,7 @@ def low_rank_changes() -> None:
         assert torch.equal(update.A, A)
         assert torch.equal(update.B, B)
     for update, first in zip(updates, firsts, strict=True):
-        reference = low_rank.plain_sums(update)
-        a, e, c, P = sums[:, first : first + len(update.before)]
-        scale = (reference.before_square * reference.update_square).sqrt()
-        assert bool(((a / reference.before_square - 1).abs() < 1e-6).all())
-        assert bool(((e - reference.dot).abs() < 1e-6 * scale).all())
-        assert bool(((c / reference.update_square - 1).abs() < 1e-12).all())
-        assert bool(((P / reference.tangential_square - 1).abs() < 1e-6).all())
+        assert_low_rank(sums[:, first : first + len(update.before)], update)
 
 
 def low_rank_changes_again() -> None:
@@ -199,5 +250,7 @@ if __name__ == "__main__":
     dense()
     counts()
     gathered()
+    with_bfloat16_products()
+    every_tiling()
     low_rank_changes()
     low_rank_changes_again()

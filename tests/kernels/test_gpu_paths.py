@@ -49,12 +49,13 @@ def test_dense_on_a_gpu(dtype: torch.dtype) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("rank", [1, 16, 100, 300])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("rank", [1, 16, 20, 50, 100, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_low_rank_on_a_gpu(dtype: torch.dtype, rank: int) -> None:
+def test_low_rank_on_a_gpu(dtype: torch.dtype, rank: int, layout: str) -> None:
     w = changed((700, 1000), dtype)[0]
     A, B = torch.randn(rank, 1000) / 30, torch.randn(700, rank) * 1e-3
-    update = LowRankUpdate(w.cuda(), A.cuda(), B.cuda(), 2.0)
+    update = LowRankUpdate(LAYOUTS[layout](w.cuda()), A.cuda(), B.cuda(), 2.0)
     found = low_rank_sums_of_all([update])[0]
     reference = low_rank.plain_sums(LowRankUpdate(w, A, B, 2.0))
     one, other = (reduce_units(unit_change(sums), "output") for sums in (found, reference))
