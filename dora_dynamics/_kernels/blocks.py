@@ -108,15 +108,16 @@ def tasks(
         step = max(1, _SHARED_BLOCK // features) if shared else units
     if step >= units:
         return [partial(work, before, after, out)]
-    return [
-        partial(
-            work,
-            before[start : start + step],
-            after[start : start + step],
-            out[:, start : start + step],
-        )
-        for start in range(0, units, step)
-    ]
+    return [partial(work, *piece) for piece in pieces(before, after, out, step)]
+
+
+def pieces(
+    before: Any, after: Any, out: NDArray[np.float64], step: int
+) -> Iterator[tuple[Any, Any, NDArray[np.float64]]]:
+    """What `tasks` is given, tensors or arrays of their rows, cut after every so many units."""
+    for start in range(0, len(before), step):
+        here = slice(start, start + step)
+        yield before[here], after[here], out[:, here]
 
 
 def block_size(shared: bool) -> int:

@@ -194,27 +194,12 @@ def tasks(
         w, v = _whole_rows(before), _whole_rows(after)
         single = before.dtype != torch.float64
         return [
-            partial(
-                sum_rows,
-                w[start : start + step],
-                v[start : start + step],
-                features,
-                single,
-                out[:, start : start + step],
-            )
-            for start in range(0, units, step)
+            partial(sum_rows, its_w, its_v, features, single, its_out)
+            for its_w, its_v, its_out in blocks.pieces(w, v, out, step)
         ]
     if _has_rows(before.T) and _has_rows(after.T):
         step = max(_PANEL, _task_units(units, features))
-        return [
-            partial(
-                _columns,
-                before[start : start + step],
-                after[start : start + step],
-                out[:, start : start + step],
-            )
-            for start in range(0, units, step)
-        ]
+        return [partial(_columns, *piece) for piece in blocks.pieces(before, after, out, step)]
     return blocks.tasks(before, after, out, shared)
 
 

@@ -21,6 +21,7 @@ from dora_dynamics.effective import (
 )
 from dora_dynamics.effective.private_copy import private_copy
 from dora_dynamics.sites import models
+from tests.effective.training import losses
 from tests.effective.waits import Waits
 
 if TYPE_CHECKING:
@@ -110,23 +111,7 @@ class Net(nn.Module):
 
 def run(model: nn.Module, recorder: dd.Recorder | None) -> list[float]:
     torch.manual_seed(4)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-
-    def train() -> None:
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = model(torch.randn(5, 6)).square().mean()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-
-    if recorder is None:
-        train()
-    else:
-        with recorder.attach(optimizer):
-            train()
-    return losses
+    return losses(model, recorder, lambda: torch.randn(5, 6), lr=0.05)
 
 
 def test_a_parametrization_needs_nothing() -> None:

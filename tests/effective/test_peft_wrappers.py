@@ -22,6 +22,7 @@ from dora_dynamics.effective import (
     stored_parameter,
 )
 from dora_dynamics.recording.baseline_source import BaselineError
+from tests.effective.training import losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -65,25 +66,8 @@ def experts() -> Any:
 
 
 def run(model: Any, recorder: dd.Recorder | None, batch: torch.Tensor) -> list[float]:
-    """A few steps, recorded or not."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-
-    def train() -> None:
-        for _ in range(3):
-            optimizer.zero_grad()
-            out = model(batch)
-            loss = (out.logits if hasattr(out, "logits") else out).square().mean()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-
-    if recorder is None:
-        train()
-    else:
-        with recorder.attach(optimizer):
-            train()
-    return losses
+    """A few steps on one batch, recorded or not."""
+    return losses(model, recorder, lambda: batch, lr=1e-2)
 
 
 class TestExperts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -31,22 +32,69 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
+@dataclass(frozen=True)
+class Disk:
+    """Where a training is recorded.
+
+    Attributes:
+        run: the run directory, which is not there yet.
+        build: builds the model.
+        train: trains it.
+        losses: those of six steps that nobody watches.
+        rows: the table of these steps where nothing goes wrong.
+    """
+
+    run: Path
+    build: Build
+    train: Train
+    losses: list[float]
+    rows: pd.DataFrame
+
+    def watched(
+        self, events: Mapping[int, Callable[[], object]], **options: Any
+    ) -> tuple[dd.Recorder, list[str]]:
+        """Trains as if nobody watched; after these steps, these things happen.
+
+        Returns:
+            The recorder, and what was warned of.
+        """
+        torch.manual_seed(0)
+        model = self.build()
+        recorder = dd.Recorder(model, TARGETS, every=1, run_dir=self.run, **options)
+        optimizer = optimizer_of(model)
+
+        def happen(step: int) -> None:
+            if step in events:
+                recorder.state_dict()  # what a thread writes is written
+                events[step]()
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with recorder.attach(optimizer):
+                losses = self.train(model, optimizer, 6, after_step=happen)
+        assert losses == self.losses
+        return recorder, [str(warning.message) for warning in caught]
+
+    def assert_all_in_memory(self, recorder: dd.Recorder) -> None:
+        pd.testing.assert_frame_equal(recorder.trajectory, self.rows, check_exact=True)
+
+    def assert_no_row_is_lost(self, recorder: dd.Recorder) -> None:
+        self.assert_all_in_memory(recorder)
+        pd.testing.assert_frame_equal(dd.load_runs(self.run), self.rows, check_exact=True)
+
+
 @pytest.fixture
-def unwatched(tiny_transformer: Build, train: Train) -> list[float]:
+def disk(tmp_path: Path, tiny_transformer: Build, train: Train) -> Disk:
     torch.manual_seed(0)
     model = tiny_transformer()
-    return train(model, optimizer_of(model), 6)
-
-
-@pytest.fixture
-def uninterrupted(tiny_transformer: Build, train: Train) -> pd.DataFrame:
+    losses = train(model, optimizer_of(model), 6)
     torch.manual_seed(0)
     model = tiny_transformer()
     recorder = dd.Recorder(model, TARGETS, every=1, run="run")
     optimizer = optimizer_of(model)
     with recorder.attach(optimizer):
         train(model, optimizer, 6)
-    return recorder.trajectory
+    return Disk(tmp_path / "disk" / "run", tiny_transformer, train, losses, recorder.trajectory)
 
 
 @pytest.fixture(params=["beside training", "in training"])
@@ -54,35 +102,6 @@ def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """As on a GPU, where a thread writes, and as on a CPU."""
     if request.param == "beside training":
         monkeypatch.setattr(Baselines, "is_on_gpu", property(lambda _: True))
-
-
-def watched(
-    model: nn.Module,
-    train: Train,
-    run: Path,
-    events: Mapping[int, Callable[[], object]],
-    **options: Any,
-) -> tuple[dd.Recorder, list[float], list[str]]:
-    """Trains; after these steps, these things happen. The losses, and what was warned of."""
-    torch.manual_seed(0)
-    recorder = dd.Recorder(model, TARGETS, every=1, run_dir=run, **options)
-    optimizer = optimizer_of(model)
-
-    def happen(step: int) -> None:
-        if step in events:
-            recorder.state_dict()  # what a thread writes is written
-            events[step]()
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with recorder.attach(optimizer):
-            losses = train(model, optimizer, 6, after_step=happen)
-    return recorder, losses, [str(warning.message) for warning in caught]
-
-
-def assert_no_row_is_lost(recorder: dd.Recorder, run: Path, expected: pd.DataFrame) -> None:
-    for found in (recorder.trajectory, dd.load_runs(run)):
-        pd.testing.assert_frame_equal(found, expected, check_exact=True)
 
 
 @pytest.fixture
@@ -101,16 +120,9 @@ def largest_file() -> Iterator[LargestFile]:
 class TestFullDisk:
     @pytest.mark.parametrize("room", [0, 1, 700, 3000])
     def test_rows_wait_until_there_is_room(
-        self,
-        room: int,
-        largest_file: LargestFile,
-        tmp_path: Path,
-        tiny_transformer: Build,
-        train: Train,
-        unwatched: list[float],
-        uninterrupted: pd.DataFrame,
+        self, room: int, largest_file: LargestFile, disk: Disk
     ) -> None:
-        run = tmp_path / "run"
+        run = disk.run
         held: list[int] = []
 
         def fill() -> None:
@@ -120,30 +132,21 @@ class TestFullDisk:
             held.append(len(dd.load_runs(run)))  # as another reader sees it: whole steps
             largest_file(None)
 
-        recorder, losses, said = watched(tiny_transformer(), train, run, {2: fill, 5: empty})
-        assert losses == unwatched
+        recorder, said = disk.watched({2: fill, 5: empty})
         assert len(said) == 1
         assert f"cannot write to {run}: File too large; training goes on" in said[0]
         assert 3 * 4 <= held[0] < 6 * 4
         assert held[0] % 4 == 0
-        assert_no_row_is_lost(recorder, run, uninterrupted)
+        disk.assert_no_row_is_lost(recorder)
 
     def test_that_stays_full_leaves_all_rows_in_memory(
-        self,
-        largest_file: LargestFile,
-        tmp_path: Path,
-        tiny_transformer: Build,
-        train: Train,
-        unwatched: list[float],
-        uninterrupted: pd.DataFrame,
+        self, largest_file: LargestFile, disk: Disk
     ) -> None:
-        run = tmp_path / "run"
-        model = tiny_transformer()
-        recorder, losses, said = watched(model, train, run, {1: lambda: largest_file(2500)})
+        run = disk.run
+        recorder, said = disk.watched({1: lambda: largest_file(2500)})
         assert len(said) == 1
-        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        disk.assert_all_in_memory(recorder)
         largest_file(None)
-        assert losses == unwatched
         assert len(dd.load_runs(run)) == 2 * 4
         recorder.step += 1
         recorder.record()
@@ -151,110 +154,69 @@ class TestFullDisk:
         assert len(dd.load_runs(run)) == 8 * 4
 
     def test_kept_files_are_missed_and_that_is_said(
-        self,
-        largest_file: LargestFile,
-        tmp_path: Path,
-        tiny_transformer: Build,
-        train: Train,
-        uninterrupted: pd.DataFrame,
+        self, largest_file: LargestFile, disk: Disk
     ) -> None:
-        run = tmp_path / "run"
+        run = disk.run
         events = {2: lambda: largest_file(200), 4: lambda: largest_file(None)}
-        recorder, _, said = watched(
-            tiny_transformer(), train, run, events, keep=["units", "weights"]
-        )
+        recorder, said = disk.watched(events, keep=["units", "weights"])
         assert sorted(message.split()[0] for message in said) == ["cannot", "the"]
         assert any("units and weights of step 3 could not be kept" in message for message in said)
-        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        disk.assert_all_in_memory(recorder)
         kept = sorted(path.name for path in (run / "units").iterdir())
         assert kept == [f"step-{step}.safetensors" for step in (0, 1, 2, 5, 6)]
         assert dd.load_units(run, 5)
 
-    def test_strict_raises(
-        self, largest_file: LargestFile, tmp_path: Path, tiny_transformer: Build, train: Train
-    ) -> None:
-        run, events = tmp_path / "run", {1: lambda: largest_file(2500)}
+    def test_strict_raises(self, largest_file: LargestFile, disk: Disk) -> None:
+        events = {1: lambda: largest_file(2500)}
         with pytest.raises(OSError, match="File too large"):
-            watched(tiny_transformer(), train, run, events, strict=True)
+            disk.watched(events, strict=True)
 
 
 @pytest.mark.usefixtures("beside")
 class TestRemovedFolder:
-    def test_is_made_again_with_all_rows(
-        self,
-        tmp_path: Path,
-        tiny_transformer: Build,
-        train: Train,
-        unwatched: list[float],
-        uninterrupted: pd.DataFrame,
-    ) -> None:
-        run = tmp_path / "run"
-        recorder, losses, said = watched(
-            tiny_transformer(), train, run, {3: lambda: shutil.rmtree(run)}
-        )
-        assert losses == unwatched
+    def test_is_made_again_with_all_rows(self, disk: Disk) -> None:
+        run = disk.run
+        recorder, said = disk.watched({3: lambda: shutil.rmtree(run)})
         assert said == [
             f"{run} was removed while it was recorded: it was made again with all its rows, "
             "without the units and weights that were kept."
         ]
-        assert_no_row_is_lost(recorder, run, uninterrupted)
+        disk.assert_no_row_is_lost(recorder)
         assert sorted(path.name for path in run.iterdir()) == ["run.json", "trajectory.csv"]
 
-    def test_is_made_again_when_it_can_be(
-        self,
-        tmp_path: Path,
-        tiny_transformer: Build,
-        train: Train,
-        unwatched: list[float],
-        uninterrupted: pd.DataFrame,
-    ) -> None:
+    def test_is_made_again_when_it_can_be(self, disk: Disk) -> None:
         """A disk that goes and comes back: the parent is away for two steps."""
-        run = tmp_path / "disk" / "run"
-        recorder, losses, said = watched(
-            tiny_transformer(),
-            train,
-            run,
-            {3: lambda: shutil.rmtree(run.parent), 5: run.parent.mkdir},
-        )
-        assert losses == unwatched
+        run = disk.run
+        events = {3: lambda: shutil.rmtree(run.parent), 5: run.parent.mkdir}
+        recorder, said = disk.watched(events)
         assert len(said) == 1
         assert "No such file or directory; training goes on" in said[0]
-        assert_no_row_is_lost(recorder, run, uninterrupted)
+        disk.assert_no_row_is_lost(recorder)
 
-    def test_another_run_in_its_place_is_left_alone(
-        self,
-        tmp_path: Path,
-        tiny_transformer: Build,
-        train: Train,
-        unwatched: list[float],
-        uninterrupted: pd.DataFrame,
-    ) -> None:
-        run = tmp_path / "run"
+    def test_another_run_in_its_place_is_left_alone(self, disk: Disk) -> None:
+        run = disk.run
 
         def replaced() -> None:
             shutil.rmtree(run)
-            other = dd.Recorder(tiny_transformer(), ["key"], run_dir=run, run="other")
+            other = dd.Recorder(disk.build(), ["key"], run_dir=run, run="other")
             other.record()
             other.state_dict()  # what a thread writes is written
 
-        recorder, losses, said = watched(tiny_transformer(), train, run, {3: replaced})
-        assert losses == unwatched
+        recorder, said = disk.watched({3: replaced})
         assert len(said) == 1
         assert "another run was begun there; training goes on" in said[0]
-        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        disk.assert_all_in_memory(recorder)
         assert list(dd.load_runs(run)["role"]) == ["key"] * 2
 
-    def test_rows_outlive_a_temporary_folder(
-        self, tmp_path: Path, tiny_transformer: Build, train: Train, uninterrupted: pd.DataFrame
-    ) -> None:
-        run = tmp_path / "run"
-        recorder, _, said = watched(tiny_transformer(), train, run, {})
+    def test_rows_outlive_a_temporary_folder(self, disk: Disk) -> None:
+        run = disk.run
+        recorder, said = disk.watched({})
         shutil.rmtree(run)
         assert not said
-        pd.testing.assert_frame_equal(recorder.trajectory, uninterrupted, check_exact=True)
+        disk.assert_all_in_memory(recorder)
         assert not run.exists()
 
-    def test_strict_raises(self, tmp_path: Path, tiny_transformer: Build, train: Train) -> None:
-        run = tmp_path / "run"
+    def test_strict_raises(self, disk: Disk) -> None:
+        run = disk.run
         with pytest.raises(FileNotFoundError, match="the run directory was removed"):
-            watched(tiny_transformer(), train, run, {3: lambda: shutil.rmtree(run)}, strict=True)
+            disk.watched({3: lambda: shutil.rmtree(run)}, strict=True)
