@@ -64,16 +64,20 @@ def kernels(results: Path) -> str:
         "naive, asked for 1)"
         for row in records(narrow[narrow["times_naive"] < 1])
     ]
+    in_full = ours[ours["path"] == "triton, to host"].set_index(["device", "case"])
+    to_host = in_full["times_naive_float64"].map(ratio)
     rows = [
         [
             *(row["device"], row["case"], row["path"], f"{row['fraction']:.2f}"),
             "" if pd.isna(row["target"]) else f"{row['target']:.2f}",
             *(ratio(row["times_naive"]), ratio(row["times_naive_float64"])),
+            to_host.get((row["device"], row["case"]), ""),
         ]
         for row in records(pd.concat([chosen, narrow]).sort_index())
     ]
     heads = ["device", "weights", "path", "of bandwidth", "asked for", "× naive"]
-    return "\n\n".join([title, markdown([*heads, "× naive in float64"], rows), misses(missed)])
+    heads += ["× naive in float64", "the same, to host"]
+    return "\n\n".join([title, markdown(heads, rows), misses(missed)])
 
 
 def low_rank(results: Path) -> str:
@@ -95,11 +99,12 @@ def low_rank(results: Path) -> str:
         if found["extra_mb"] > built:
             missed.append(f"{case} on {device} (more memory)")
         memory = ["" if pd.isna(mb) else f"{mb:.0f}" for mb in (found["extra_mb"], built)]
-        rows.append(
-            [device, case, *(ratio(times[n]) if n in times else "" for n in names), *memory]
-        )
+        in_full = ways.get("low rank, to host")
+        to_host = ratio(fastest * found["median_ms"] / in_full["median_ms"]) if in_full else ""
+        beside = [ratio(times[n]) if n in times else "" for n in names]
+        rows.append([device, case, *beside, to_host, *memory])
     heads = ["device", "weights", "× built, our kernel", "× built, naive"]
-    heads += ["× built, naive in float64", "MB more", "MB more, built"]
+    heads += ["× built, naive in float64", "the least, to host", "MB more", "MB more, built"]
     said = f"Asked for: of the whole model on a GPU {OVER_BUILT:.0f} times the fastest way that "
     said += "builds W'; and everywhere less memory. "
     return "\n\n".join([title, markdown(heads, rows), said + misses(missed)])

@@ -31,6 +31,7 @@ def test_each_miss_of_the_kernels_is_named(tmp_path: Path) -> None:
         ("384×384, fp32", "numpy blocks", 0.2, 0.97, 2.0, None),
         ("768×768, fp32", "numpy blocks", 0.2, 1.03, 2.0, None),
         ("LLaMA-7B, bf16", "triton", 0.95, 8.0, 24.4, 0.9),
+        ("LLaMA-7B, bf16", "triton, to host", 0.5, 4.0, 12.6, None),
     ]
     columns = ["case", "path", "fraction", "times_naive", "times_naive_float64", "target"]
     table = pd.DataFrame(rows, columns=columns).assign(rank=0, machine=MACHINE)
@@ -42,7 +43,8 @@ def test_each_miss_of_the_kernels_is_named(tmp_path: Path) -> None:
         "LLaMA-7B, bf16 on CPU, 2 cores (24.4 times naive in float64, asked for 25); "
         "384×384, fp32 with numpy blocks on CPU, 2 cores (0.97 times naive, asked for 1)."
     )
-    assert "| CPU, 2 cores | 4096×4096, fp32 | numba | 0.61 | 0.60 | 6.0 | 18 |" in text
+    assert "| CPU, 2 cores | 4096×4096, fp32 | numba | 0.61 | 0.60 | 6.0 | 18 |  |" in text
+    assert "| CPU, 2 cores | LLaMA-7B, bf16 | triton | 0.95 | 0.90 | 8.0 | 24 | 13 |" in text
     assert "not measured yet" in speed_tables.low_rank(tmp_path)
 
 
@@ -51,6 +53,7 @@ def test_low_rank_is_held_against_the_fastest_way_to_build(tmp_path: Path) -> No
         (f"{WHOLE}, rank 16", "naive", 60.0, 90.0),
         (f"{WHOLE}, rank 16", "built, then triton", 50.0, 70.0),
         (f"{WHOLE}, rank 16", "low rank", 10.0, 7.0),
+        (f"{WHOLE}, rank 16", "low rank, to host", 20.0, 8.0),
         (f"{WHOLE}, rank 128", "naive", 60.0, 90.0),
         (f"{WHOLE}, rank 128", "naive, float64", 99.0, 180.0),
         (f"{WHOLE}, rank 128", "low rank", 12.5, 91.0),
@@ -61,8 +64,8 @@ def test_low_rank_is_held_against_the_fastest_way_to_build(tmp_path: Path) -> No
     table = table.assign(rank=16, machine="x86_64, 16 cores, NVIDIA H200")
     table.to_csv(tmp_path / "performance_nvidia-h200.csv", index=False)
     text = speed_tables.low_rank(tmp_path)
-    assert f"| H200 | {WHOLE}, rank 16 | 5.0 | 6.0 |  | 7 | 70 |" in text
-    assert f"| H200 | {WHOLE}, rank 128 |  | 4.8 | 7.9 | 91 | 90 |" in text
+    assert f"| H200 | {WHOLE}, rank 16 | 5.0 | 6.0 |  | 2.5 | 7 | 70 |" in text
+    assert f"| H200 | {WHOLE}, rank 128 |  | 4.8 | 7.9 |  | 91 | 90 |" in text
     assert "| H200 | layer, fp32, rank 16 |  | 4.0 |" in text  # which is not what was asked for
     missed = f"{WHOLE}, rank 128 on H200"
     assert text.endswith(f"Misses: {missed} (4.8); {missed} (more memory).")
