@@ -56,3 +56,12 @@ def load(model: str | Path | None) -> tuple[nn.Module, Any]:
     }
     loaded: nn.Module = AutoModel.from_pretrained(source, **without_dropout)
     return loaded.float(), tokenizer
+
+
+def digest(model: nn.Module) -> str:
+    """Twelve hex digits that tell the weights of one model from those of another."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(value.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]

@@ -23,7 +23,7 @@ from analyses.finetuning.recipe import Recipe
 from analyses.finetuning.task import PairModel, Task
 from analyses.finetuning.training import adapt, fine_tune
 from dora_dynamics import provenance
-from dora_dynamics.runs.directory import RUN_FILE, TRAJECTORY_FILE, read_run
+from dora_dynamics.runs.directory import RUN_FILE, TRAJECTORY_FILE, read_info, read_run
 
 if TYPE_CHECKING:
     import argparse
@@ -34,6 +34,7 @@ WORKERS_PER_GPU: Final = 6
 PAUSE: Final = 10.0
 """Minutes without a new run after which a sweep was interrupted, not at work."""
 _OUTCOME: Final = "outcome.json"
+_START: Final = "start.json"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def add_options(
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on after an interruption; runs with a score are kept",
+        help="go on after an interruption; runs of these settings that have a score are kept",
     )
 
 
@@ -153,7 +154,9 @@ def _interrupted(options: argparse.Namespace, jobs: Sequence[Job], folder: Path)
     """What an interrupted sweep finished; written beside the results, as a whole one would be."""
     done = [outcome for job in jobs if (outcome := _finished(job, folder))]
     if not done:
-        raise SystemExit(f"{folder} holds no finished run to draw: run without --redraw.")
+        raise SystemExit(
+            f"{folder} holds no finished run of these settings to draw: run without --redraw."
+        )
     names = {outcome["job"] for outcome in done}
     about = {
         "model": Path(options.model).name if options.model else models.MINILM,
@@ -174,7 +177,9 @@ def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
     scored, rows = _scored(job, folder), folder / job.name / TRAJECTORY_FILE
     if scored is not None:
         return scored
-    if not rows.exists() or job.recipe.steps not in set(read_run(folder / job.name)["step"]):
+    if not rows.exists() or not _is_of(job, folder):
+        return None
+    if job.recipe.steps not in set(read_run(folder / job.name)["step"]):
         return None
     return _tagged(job) | dict.fromkeys(("retrieval", "label", "loss"), None)
 
@@ -182,7 +187,38 @@ def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
 def _scored(job: Job, folder: Path) -> dict[str, Any] | None:
     """The outcome of a job that ran to its end."""
     outcome = folder / job.name / _OUTCOME
-    return json.loads(outcome.read_text(encoding="utf-8")) if outcome.exists() else None
+    if not outcome.exists() or not _is_of(job, folder):
+        return None
+    found: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))
+    return found
+
+
+def _is_of(job: Job, folder: Path) -> bool:
+    """Whether the run of a job's name was trained as the job asks.
+
+    Names do not tell everything: a sweep of more steps has jobs of the same names.
+    """
+    if not (folder / job.name / RUN_FILE).exists():
+        return False
+    info = read_info(folder / job.name)
+    trained = dict(info.hyperparameters.get("recipe", {}))
+    trained["roles"] = tuple(trained.get("roles", ()))
+    return info.seed == job.seed and asdict(job.recipe) == asdict(Recipe("")) | trained
+
+
+def _check_start(folder: Path, start: dict[str, Any], *, resume: bool) -> None:
+    """Note from what the runs of a folder start, which those that are added to them must share."""
+    file = folder / _START
+    if resume and file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name in start if start[name] != before.get(name)]
+        if other:
+            raise SystemExit(
+                f"the runs in {folder} started from another {', '.join(other)}: give what they "
+                "started from, or run without --resume to replace them."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(start) + "\n", encoding="utf-8")
 
 
 def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep:
@@ -191,6 +227,13 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
     task, base, device = started.task, started.base, torch.device(options.device)
     base.fit_head(task.train.to(device))
     before = base.score(task.held_out.to(device))
+    start = {
+        "model": models.digest(base.backbone),
+        "states": base.states,
+        "data": pairs.digest(started.pairs),
+        "held_out": options.held_out,
+    }
+    _check_start(folder, start, resume=options.resume)
     done: list[dict[str, Any]] = []
     if options.resume:
         done = [outcome for job in jobs if (outcome := _scored(job, folder))]
@@ -302,6 +345,7 @@ def _outcome_of(job: Job) -> dict[str, Any]:
 def _outcome(base: PairModel, task: Task, job: Job, folder: Path) -> dict[str, Any]:
     """Run one job; its name, its tags, its score, and how long it took."""
     about = _tagged(job)
+    (folder / job.name / _OUTCOME).unlink(missing_ok=True)  # of a run that this one replaces
     start = perf_counter()
     try:
         tuned = fine_tune(

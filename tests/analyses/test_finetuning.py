@@ -178,6 +178,16 @@ def test_pairs_from_a_data_set(
     assert pairs.read(str(tmp_path / "corpus")) == some_pairs
 
 
+def test_a_run_that_fails_leaves_no_outcome_of_the_one_it_replaces(tmp_path: Path) -> None:
+    job = Job("one", Recipe("none of these"), 0, may_fail=True)
+    old = tmp_path / "one" / "outcome.json"
+    old.parent.mkdir()
+    old.write_text("{}")
+    found = sweep._outcome(PairModel(tiny("encoder"), 2), None, job, tmp_path)  # type: ignore[arg-type]
+    assert "none of FT, LoRA and DoRA" in found["error"]
+    assert not old.exists()
+
+
 def test_a_sweep_over_processes_is_a_sweep_in_one(
     some_pairs: list[Pair], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -236,6 +246,14 @@ def test_a_sweep_over_processes_is_a_sweep_in_one(
     assert resumed.about["machine"] == "elsewhere"
     assert [place["runs"] for place in resumed.about["runs_by_machine"]] == [2, 2]
     assert not resumed.scores["retrieval"].isna().any()  # what has none is made again
+
+    longer = [replace(job, recipe=replace(job.recipe, steps=5)) for job in jobs[:1]]
+    more = sweep.run_or_read(parser.parse_args([*common, *out, "--resume"]), [*longer, *jobs[1:]])
+    last = more.trajectory(count=None).groupby("run")["step"].max()
+    assert last.to_dict() == {job.name: 4 for job in jobs} | {"FT-0.0": 5}
+    pairs.write(some_pairs[:-1], data)
+    with pytest.raises(SystemExit, match="started from another data: give what they started from"):
+        sweep.run_or_read(parser.parse_args([*common, *out, "--resume"]), jobs)
 
     measures = ["method", "total", "seed", "step", "site"]
     assert tables[1][measures].equals(tables[2][measures])
