@@ -18,7 +18,8 @@ from analyses._stored import (
     there,
     with_interval,
 )
-from analyses.reproduce import verdict_table
+from analyses.reproduce import CLAIMED, verdict_table
+from analyses.sign_map import COUPLED, DECAYS, SGD
 
 
 def reproduced() -> str:
@@ -237,44 +238,66 @@ def gradients() -> str:
 
 def when() -> str:
     """How often each sign is met over the settings, and what the others change."""
-    found = table("sign_map")
-    within = found[found["level"] == "within_step"].dropna(subset=["pearson"])
+    found = signs()
+    within = found[found["level"] == "within_step"]
     lines = [
-        "| | lowest r | highest r | settings | negative | surely negative | surely positive |",
+        "| | lowest r | highest r | cells | negative | surely negative | surely positive |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
-        for decay in ("paper's decay", "no decay"):
+        for decay in DECAYS:
             cells = within[(within["method"] == method) & (within["decay"] == decay)]
-            r, sure = cells["pearson"], cells["pearson_low"] * cells["pearson_high"] > 0
-            counts = (len(r), (r < 0).sum(), (sure & (r < 0)).sum(), (sure & (r > 0)).sum())
-            told = [number(r.min()), number(r.max()), *map(str, counts)]
-            lines.append(f"| {method}, {decay} | {' | '.join(told)} |")
+            r, sure = cells["pearson"], cells["sure"]
+            number_of = (len(r), (r < 0).sum(), (sure & (r < 0)).sum(), (sure & (r > 0)).sum())
+            row = [number(r.min()), number(r.max()), *map(str, number_of)]
+            lines.append(f"| {method}, {decay} | {' | '.join(row)} |")
 
-    def r_of(setting: str, method: str, decay: str = "paper's decay") -> str:
+    def r_of(setting: str, method: str) -> str:
         rows = (
-            one(found, setting=setting, method=method, decay=decay, role=role)
+            one(found, setting=setting, method=method, decay=DECAYS[0], role=role)
             for role in ("query", "value")
         )
-        return ", ".join(number(row["pearson"]) for row in rows)
+        return ", ".join(with_interval(row) for row in rows)
 
-    coupled = "Adam, decay in the gradient"
-    without = within[(within["method"] != "LoRA") & (within["decay"] == "no decay")]
-    sure_ones = int((without["pearson_low"] * without["pearson_high"] > 0).sum())
+    by_adamw = within["setting"].str.startswith(("middle", "learning rate", "batch size", "rank"))
+    plain = within[by_adamw & (within["decay"] == DECAYS[0])]
+    right = plain["pearson"] * plain["method"].map(CLAIMED) > 0
+    held = pd.DataFrame({"method": plain["method"], "right": right, "sure": right & plain["sure"]})
+    counts = held.groupby("method").agg(["sum", "size"])
+    told = "; ".join(
+        f"{method} {row['right', 'sum']} of {row['right', 'size']}, surely {row['sure', 'sum']}"
+        for method, row in counts.loc[list(METHODS)].iterrows()
+    )
+    without = within[(within["method"] != "LoRA") & (within["decay"] == DECAYS[1])]
+    others = found[found["setting"].isin([COUPLED, SGD]) & (found["decay"] == DECAYS[0])]
+    others = others[others["method"] != "LoRA"]
     return (
-        "With decoupled decay expect the paper's signs at every learning rate, rank and batch "
-        f"size; without it, {sure_ones or 'none'} of the {len(without)} signs of FT and DoRA "
-        f"{'are' if sure_ones > 1 else 'is'} sure. Across layers, query and value, one thing varied "
-        "at a time (surely: the 95% interval leaves out zero):\n\n" + "\n".join(lines) + "\n\n"
-        "With the decay in Adam's gradient (query, value) FT keeps its sign "
-        f"({r_of(coupled, 'FT')}), DoRA less so ({r_of(coupled, 'DoRA')}); with SGD FT does "
-        f"({r_of('SGD with momentum', 'FT')}), DoRA does not ({r_of('SGD with momentum', 'DoRA')}). "
+        "With AdamW's decay r has the paper's sign at each learning rate, rank and batch size "
+        f"(of cells, one a setting and role: {told}); without it, {int(without['sure'].sum())} of the "
+        f"{len(without)} signs of FT and DoRA "
+        f"{'is' if without['sure'].sum() == 1 else 'are'} sure, where chance alone gives "
+        f"{0.05 * len(without):.0f}. Six layers decide few signs one by one, and all cells share them "
+        "and the seeds, so that counts are no votes. Across layers, one thing varied at a time "
+        "(surely: the 95% interval leaves out zero; without decay Adam is AdamW, and is counted "
+        "once):\n\n" + "\n".join(lines) + "\n\n"
+        "Other optimizers, with decay (query, value): in Adam's gradient FT "
+        f"{r_of(COUPLED, 'FT')}, DoRA {r_of(COUPLED, 'DoRA')}; with SGD FT {r_of(SGD, 'FT')}, DoRA "
+        f"{r_of(SGD, 'DoRA')}: FT's estimates are negative, DoRA's of both signs, and "
+        f"{int(others['sure'].sum()) or 'none'} of these {len(others)} is sure. "
         "The choice of checkpoints matters to pooled r: over the whole run, in which both measures "
         f"grow from zero, it is with decay FT {r_of('pooled, the whole run', 'FT')}, DoRA "
         f"{r_of('pooled, the whole run', 'DoRA')}, over the paper's late ones "
         f"{r_of('pooled, late checkpoints', 'FT')} and {r_of('pooled, late checkpoints', 'DoRA')}."
         + _unfinished("sign_map")
     )
+
+
+def signs() -> Any:
+    """The map of signs, each run counted once, and whether each r is surely not zero."""
+    found = table("sign_map").dropna(subset=["pearson"])
+    copied = (found["setting"] == COUPLED) & (found["decay"] == DECAYS[1])
+    found = found[~copied]
+    return found.assign(sure=found["pearson_low"] * found["pearson_high"] > 0)
 
 
 def _unfinished(name: str) -> str:

@@ -29,6 +29,9 @@ def zoo() -> str:
     at_best = jobs.merge(found[["method", "rate"]]).groupby("method")["retrieval"]
     seeds = int(at_best.count().min())
     apart = at_best.std().pow(2).mean() ** 0.5
+    rates = jobs.groupby("method")["rate"]
+    chosen = found.set_index("method")["rate"].drop("FT")
+    at_end = int(((chosen == rates.min()[chosen.index]) | (chosen == rates.max()[chosen.index])).sum())
     measures = {
         "r_layers": "r across layers",
         "r_units": "r across units",
@@ -41,24 +44,28 @@ def zoo() -> str:
         if said.loc[name, "low"] > 0 or said.loc[name, "high"] < 0
     ]
     excludes = " and ".join(alone) if alone else "none"
+
+    def rho(name: str) -> str:
+        return with_interval(said.loc[name], "rho", "low", "high")
+
     return (
         f"{'There is a relation' if seen else 'No such relation is seen'}: over "
         f"{int(row['methods'])} methods of PEFT, without weight decay, each at the best of four "
         f"learning rates, means of {seeds} seeds, the rank correlation of the "
-        "distance from full fine-tuning with the score is "
-        f"{with_interval(row, 'rho', 'low', 'high')} (95%, bootstrap over methods"
-        f"{'' if seen else ': strong ones are excluded, weak ones are not'}). The four measures by "
-        "themselves: "
-        + ", ".join(
-            f"{words} {with_interval(said.loc[name], 'rho', 'low', 'high')}"
-            for name, words in measures.items()
-        )
+        f"distance from full fine-tuning with the score is {rho('distance')} (95%, bootstrap over "
+        f"methods{'' if seen else ': strong ones are excluded, weak ones are not'}; "
+        f"{rho('standardised_distance')} by standardised measures in place of their ranks). The four "
+        "measures by themselves: "
+        + ", ".join(f"{words} {rho(name)}" for name, words in measures.items())
         + f"; of these four intervals, {excludes} excludes 0. "
         f"Highest scores: {', '.join(best['method'][:4])} "
         f"({best['retrieval'].iloc[0]:.3f} to {best['retrieval'].iloc[3]:.3f}); FT "
         f"{one(found, method='FT')['retrieval']:.3f}, "
         f"last {best['method'].iloc[-1]} {best['retrieval'].iloc[-1]:.3f}; the seeds of a method "
-        f"differ by a standard deviation of {apart:.3f}, so that the order of neighbours is not sure."
+        f"differ by a standard deviation of {apart:.3f}, so that the order of neighbours is not sure. "
+        f"The rates were chosen by the same score, and {at_end} of the {len(chosen)} methods have their "
+        "best at an end of their four, so that they may have better ones beyond, and the lowest scores "
+        "are of this budget."
         + (f" Not measured: {refused} ({failed['error'].iloc[0].rstrip('.')})." if refused else "")
     )  # fmt: skip
 
@@ -72,9 +79,8 @@ def below() -> str:
 
     inside, every = "heads of one layer", "all heads or norms"
     relative = "heads of one layer, ΔM/m"
-    shares = ", ".join(
-        f"{method} {number(one(found, method=method, part='query heads', scope=relative)['pearson'])} "
-        f"and {number(one(found, method=method, part='value heads', scope=relative)['pearson'])}"
+    shares = "; ".join(
+        f"{method} {r(method, 'query heads', relative)} (query), {r(method, 'value heads', relative)} (value)"
         for method in METHODS
     )
     heads = "; ".join(
@@ -82,50 +88,70 @@ def below() -> str:
         for method in METHODS
     )
     norms = ", ".join(f"{method} {r(method, 'norms', every)}" for method in METHODS)
+    path = table("heads_and_norms_path")
+    last = path[path["step"] == path["step"].max()].set_index(["method", "part"])
+    moved = 100 * last["relative_delta_magnitude_median"]
+    sizes = ", ".join(
+        f"{method} {moved[method, 'norms']:.2f}% (its query heads {moved[method, 'query heads']:.2g}%)"
+        for method in METHODS
+    )
     return (
-        "Yes. Across the heads inside a layer r is, with the paper's decay: "
-        f"{heads}. Of ΔM/m, which a head's size does not change, it is {shares} "
-        "(query and value). Norm weights, one vector each, change too, by "
-        f"far less, and decay does not reach them; r across them: {norms}."
+        "Both can be decomposed; heads show the finding, norms do not as a whole. Across the heads "
+        f"inside a layer r is, with the paper's decay: {heads}. Of ΔM/m, which a head's size does not "
+        f"change, it is {shares}. Norm weights, one vector each, change too, by less, and decay does "
+        f"not reach them: the median ΔM/m is {sizes}. r across norms: {norms}."
     )
 
 
 def ranks() -> str:
     """Score and coupling against rank."""
-    found, pairs = table("rank"), table("rank_halved")
+    found = table("rank")
     value = found[found["role"] == "value"].set_index(["method", "rank"])
 
     def score(method: str, rank: int) -> str:
         return f"{value.loc[(method, rank), 'score']:.3f}"
 
-    used = {method: value.loc[(method, 128), "effective_rank"] for method in ("LoRA", "DoRA")}
+    used = value["effective_rank"]
     return (
         f"Score against rank 2 → 128: LoRA {score('LoRA', 2)} → {score('LoRA', 128)}, DoRA "
         f"{score('DoRA', 2)} → {score('DoRA', 128)}, FT {score('FT', 0)}. That is not the shape of "
         "the paper's Table 15, in which DoRA is above at every rank: with the paper's total decay, "
-        f"pressed into a short run, {_held_against(pairs)}."
+        f"pressed into a short run, {_held_against('rank')}: percentage points, means over ranks with "
+        f"95% paired t over {int(table('rank_halved')['seeds'].iloc[0])} seeds."
         + _ranks_without_decay()
-        + " With decay the coupling of the value matrices hardly depends on rank: "
-        f"LoRA {number(value.loc['LoRA', 'pearson'].min())} to {number(value.loc['LoRA', 'pearson'].max())}, "
-        f"DoRA {number(value.loc['DoRA', 'pearson'].min())} to {number(value.loc['DoRA', 'pearson'].max())}. "
-        f"At rank 128 LoRA's ΔW has an effective rank of {used['LoRA']:.0f}; DoRA's, whose "
-        f"magnitudes rescale W_0 whole, {used['DoRA']:.0f} of 384 at every rank."
+        + " With decay the coupling of the value matrices across layers is "
+        f"{_range(value.loc['LoRA'], 'pearson')} for LoRA and {_range(value.loc['DoRA'], 'pearson')} "
+        f"for DoRA over the ranks, its sign sure at {_sure(value.loc['LoRA'])} and "
+        f"{_sure(value.loc['DoRA'])} of them: no dependence on rank is seen, and six layers would show "
+        "a strong one only. "
+        f"At rank 128 LoRA's ΔW has an effective rank of {used['LoRA', 128]:.0f}; DoRA's, whose "
+        f"magnitudes rescale W_0 whole, {used['DoRA'].mean():.0f} of 384 at every rank, near FT's "
+        f"({used['FT', 0]:.0f})."
     )  # fmt: skip
 
 
-def _held_against(pairs: Any) -> str:
-    """How often DoRA is below or above LoRA of its rank, and of twice its rank."""
-    parts = []
+def _range(rows: Any, name: str) -> str:
+    return f"{number(rows[name].min())} to {number(rows[name].max())}"
+
+
+def _sure(rows: Any) -> int:
+    """At how many of the ranks the sign is sure."""
+    return int((rows["pearson_low"] * rows["pearson_high"] > 0).sum())
+
+
+def _held_against(name: str) -> str:
+    """DoRA's score against that of LoRA of its rank, and of twice its rank."""
+    pairs = table(f"{name}_halved")
+    ranks, parts = pairs[pairs["scope"] == "one rank"], []
     for times, words in ((1, "its rank"), (2, "twice its rank")):
-        rows = pairs[pairs["lora_rank"] == times * pairs["dora_rank"]]
-        below = ", ".join(map(str, rows[rows["high"] < 0]["dora_rank"])) or "none"
-        above = ", ".join(map(str, rows[rows["low"] > 0]["dora_rank"])) or "none"
+        rows = ranks[ranks["lora_rank"] == times * ranks["dora_rank"]]
+        every = one(pairs, scope=f"all ranks × {times}")
+        points = with_interval(100 * every[["difference", "low", "high"]], "difference", "low", "high")
         parts.append(
-            f"below LoRA of {words} at {int((rows['difference'] < 0).sum())} of {len(rows)} ranks "
-            f"(surely at {below}; surely above at {above})"
+            f"{points} from LoRA of {words} (below it at "
+            f"{int((rows['difference'].round(4) < 0).sum())} of {len(rows)} ranks)"
         )
-    seeds = int(pairs["seeds"].iloc[0])
-    return f"DoRA is {' and '.join(parts)}; 95% paired t over {seeds} seeds"
+    return f"DoRA's score differs by {' and by '.join(parts)}"
 
 
 def _ranks_without_decay() -> str:
@@ -134,16 +160,12 @@ def _ranks_without_decay() -> str:
         return ""
     found = table("rank_no_decay")
     value = found[found["role"] == "value"].set_index(["method", "rank"])
-    ends = {
-        name: [value.loc[("DoRA", rank), name] for rank in (2, 128)]
-        for name in ("pearson", "effective_rank")
-    }
+    low, high = (value.loc[("DoRA", rank)] for rank in (2, 128))
     return (
-        f" Without decay {_held_against(table('rank_no_decay_halved'))}; DoRA's coupling goes from "
-        f"{number(ends['pearson'][0])} at rank 2 to {number(ends['pearson'][1])} at rank 128, and the "
-        f"effective rank of its ΔW is {ends['effective_rank'][0]:.0f} and "
-        f"{ends['effective_rank'][1]:.0f} there."
-    )  # fmt: skip
+        f" Without decay {_held_against('rank_no_decay')}; the coupling of DoRA's value matrices is "
+        f"{with_interval(low)} at rank 2 and {with_interval(high)} at rank 128, and the effective "
+        f"rank of its ΔW there is {low['effective_rank']:.0f} and {high['effective_rank']:.0f}."
+    )
 
 
 def merged() -> str:

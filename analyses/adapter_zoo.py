@@ -6,8 +6,11 @@ most held-out texts. One map: how ΔM goes with ΔD across the units of a matrix
 of the update that is radial, the task score as colour, full fine-tuning as the landmark. Is a
 method that moves more like full fine-tuning also better at the task?
 
-A method's distance from full fine-tuning is Euclidean over four standardised measures: coupling
-across layers and across units (signed, Fisher's z), radial share, and log of relative ΔM over ΔD.
+A method's distance from full fine-tuning is Euclidean over its ranks, as shares, in four measures:
+coupling across layers and across units (signed), radial share, and log of relative ΔM over ΔD. Ranks,
+since a method that turns nothing (IA3) or lengthens nothing (HRA) has a ratio of rounding errors,
+which would set the scale of a standardised ratio; that distance (couplings in Fisher's z) is kept
+beside it.
 
 Writes figures/adapter_zoo.{png,svg}, analyses/results/adapter_zoo.csv, _answer.csv and .json.
 """
@@ -151,12 +154,18 @@ def measures(late: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     ratio = table["relative_delta_magnitude"] / table["delta_direction"]
     table["log_ratio"] = np.log(ratio.where(ratio > 0))
     rows["log_ratio"] = table.groupby("method")["log_ratio"].mean()
+    ranks = rows[list(MEASURES)].rank(pct=True)
+    rows["distance"] = _from_full(ranks)
     placed = rows[list(MEASURES)].copy()
     for name in ("r_layers", "r_units"):
         placed[name] = np.arctanh(placed[name].clip(-0.999, 0.999))
-    placed = (placed - placed.mean()) / placed.std()
-    rows["distance"] = np.sqrt(((placed - placed.loc["FT"]) ** 2).sum(axis=1, skipna=False))
+    rows["standardised_distance"] = _from_full((placed - placed.mean()) / placed.std())
     return rows.reset_index()
+
+
+def _from_full(placed: pd.DataFrame) -> pd.Series[float]:
+    """Euclidean distance of each method's row from that of full fine-tuning."""
+    return np.sqrt(((placed - placed.loc["FT"]) ** 2).sum(axis=1, skipna=False))
 
 
 def answer(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
@@ -164,7 +173,7 @@ def answer(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Data
     others = table[table["method"] != "FT"].dropna(subset=["distance", "retrieval"])
     rng = np.random.default_rng(seed)
     rows = []
-    for name in ("distance", "r_layers", "r_units", "radial_share", "log_ratio"):
+    for name in ("distance", "standardised_distance", *MEASURES):
         x, y = others[name].to_numpy(float), others["retrieval"].to_numpy(float)
         drawn = rng.integers(len(x), size=(resamples, len(x)))
         many = np.array([spearman(x[chosen], y[chosen]) for chosen in drawn])
@@ -201,7 +210,7 @@ def draw(table: pd.DataFrame, found: pd.DataFrame) -> Figure:
         rho = found.set_index("measure").loc["distance"]
         words = f"ρ = {rho['rho']:+.2f} [{rho['low']:+.2f}, {rho['high']:+.2f}]"
         against.set_title(words.replace("-", "−"))
-        against.set_xlabel("distance from full fine-tuning (★)")
+        against.set_xlabel("distance of ranks from those of FT (★)")
         against.set_ylabel("share of texts found")
         assert image is not None
         figure.colorbar(image, ax=plane, label="share of texts found", pad=0.01, extend="min")

@@ -24,6 +24,7 @@ from analyses.finetuning import sweep
 from analyses.finetuning.recipe import LEARNING_RATES, METHODS, PAPER_TOTAL_DECAY, Recipe
 from analyses.finetuning.sweep import Job
 from analyses.finetuning.training import adapt
+from dora_dynamics.correlation import pearson, slope, spearman
 from dora_dynamics.plotting import save
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ def couplings(late: pd.DataFrame) -> pd.DataFrame:
     heads = late[late["part"] != "norms"]
     shares = heads.assign(delta_magnitude=heads["relative_delta_magnitude"])
     inside = [
-        heads_inside(group).assign(method=str(method), part=str(part), scope=scope)
+        heads_inside(group).assign(
+            method=str(method), part=str(part), scope=scope, level="within_step"
+        )
         for scope, rows in ((INSIDE, heads), (RELATIVE, shares))
         for (method, part), group in rows.groupby(["method", "part"])
     ]
@@ -98,12 +101,28 @@ def couplings(late: pd.DataFrame) -> pd.DataFrame:
 
 
 def heads_inside(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean r across the heads of one layer at one checkpoint, its interval over layers and runs."""
-    apart = rows.assign(
-        run=rows["run"] + "/" + rows["layer"].astype(str), layer=rows["head"], stack=""
+    """Mean r across the heads of one layer at one checkpoint, its interval over layers and runs.
+
+    Heads are to a layer what units are to a matrix: a layer has one r a checkpoint, and layers stay
+    whole over runs, which start from the same heads.
+    """
+    by = ["run", "layer", "step"]
+    x, y = "delta_direction", "delta_magnitude"
+    each = pd.DataFrame(
+        [
+            dict(zip(by, key, strict=True))
+            | {
+                "unit_coupling": pearson(group[x], group[y]),
+                "unit_rank_coupling": spearman(group[x], group[y]),
+                "unit_slope": slope(group[x], group[y]),
+                "units": len(group),
+            }
+            for key, group in rows[rows["step"] > 0].groupby(by)
+        ]
     )
-    found = dd.coupling(apart, by=["role"], level="within_step", permutations=0)
-    return found.drop(columns="role")
+    each = each.assign(all=0, site=each["layer"].astype(str))
+    found = dd.coupling(each, by="all", level="units", permutations=0)
+    return found.drop(columns=["all", "level", "units"])
 
 
 def path(trajectory: pd.DataFrame) -> pd.DataFrame:

@@ -105,18 +105,29 @@ def shape_of(values: NDArray[np.float64]) -> dict[str, float]:
 
 
 def halved(scores: pd.DataFrame) -> pd.DataFrame:
-    """Score of DoRA minus that of LoRA at the same and at twice its rank, paired by seed."""
+    """Score of DoRA minus that of LoRA at the same and at twice its rank, paired by seed.
+
+    At each rank, and as a mean over the ranks: the intervals of single ranks are many, and of few
+    seeds whose scores are shares of a thousand texts.
+    """
     each: Any = scores.set_index(["method", "rank", "seed"])["retrieval"].sort_index()
     rows = []
-    for rank in sorted(set(scores["rank"]) - {0}):
-        for other in (rank, 2 * rank):
-            if ("LoRA", other) not in each.index.droplevel("seed"):
-                continue
-            difference = each["DoRA", rank] - each["LoRA", other]
+    for times in (1, 2):
+        differences = {
+            rank: each["DoRA", rank] - each["LoRA", times * rank]
+            for rank in sorted(set(scores["rank"]) - {0})
+            if ("LoRA", times * rank) in each.index.droplevel("seed")
+        }
+        places = [
+            (f"all ranks × {times}", None, pd.DataFrame(differences).mean(axis=1)),
+            *(("one rank", rank, difference) for rank, difference in differences.items()),
+        ]
+        for scope, rank, difference in places if differences else ():
             mean, low, high = mean_interval(difference)
-            row = {"dora_rank": rank, "lora_rank": other, "seeds": len(difference)}
-            rows.append(row | {"difference": mean, "low": low, "high": high})
-    return pd.DataFrame(rows)
+            row = {"scope": scope, "dora_rank": rank, "lora_rank": rank and times * rank}
+            row |= {"seeds": len(difference), "difference": mean, "low": low, "high": high}
+            rows.append(row)
+    return pd.DataFrame(rows).astype({"dora_rank": "Int64", "lora_rank": "Int64"})
 
 
 def summary(late: pd.DataFrame, scores: pd.DataFrame, shapes: pd.DataFrame) -> pd.DataFrame:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
+CLAIMED: Final = {"FT": -1, "LoRA": 1, "DoRA": -1}
+"""The sign of r in the paper's claim."""
 
 
 def recipes(options: argparse.Namespace) -> list[Recipe]:
@@ -101,7 +103,7 @@ def in_words(table: pd.DataFrame) -> str:
 def verdict_table(table: pd.DataFrame, level: Level = "within_step") -> pd.DataFrame:
     """For each sign of the paper's claim, whether it is found: it holds, does not, is undecided."""
     found = table[(table["level"] == level) & ~table["signed"].astype(bool)].copy()
-    sign = found["method"].map({"FT": -1, "LoRA": 1, "DoRA": -1})
+    sign = found["method"].map(CLAIMED)
     ends = found[["pearson_low", "pearson_high"]].mul(sign, axis=0)
     found["claimed"] = sign
     found["verdict"] = np.select(

@@ -1,4 +1,4 @@
-"""Run: `python -m analyses.sign_map` (full setting: `--seeds 2 --steps 300 --batch-size 128`).
+"""Run: `python -m analyses.sign_map` (full setting: `--seeds 3 --steps 300 --batch-size 128`).
 
 When to expect which sign: the coupling of ΔM and ΔD across layers for every learning rate, rank,
 batch size and optimizer, with the paper's total weight decay and with none, and, of the middle
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MIDDLE: Final = "middle"
 COUPLED: Final = "Adam, decay in the gradient"
+SGD: Final = "SGD with momentum"
 POOLED: Final = {"late": "pooled, late checkpoints", "all": "pooled, the whole run"}
 DECAYS: Final = ("paper's decay", "no decay")
 BY: Final = ["setting", "decay", "role", "method"]
@@ -51,7 +52,7 @@ def settings(recipe: Recipe) -> dict[str, Recipe]:
     if recipe.method != "FT":
         varied |= {f"rank {rank}": {"rank": rank} for rank in (4, 64)}
     varied[COUPLED] = {"optimizer": "adam_l2"}
-    varied["SGD with momentum"] = {"optimizer": "sgd", "learning_rate": SGD_RATE * rate}
+    varied[SGD] = {"optimizer": "sgd", "learning_rate": SGD_RATE * rate}
     return {name: replace(recipe, **change) for name, change in varied.items()}
 
 
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "decay: the paper's total Λ, "
         + ", ".join(f"{method} {total:g}" for method, total in PAPER_TOTAL_DECAY.items())
         + ".\nAcross layers, but where “pooled”. Bold: the 95% interval leaves out zero. "
-        "–: no such run."
+        "–: no such run.\nWithout decay Adam is AdamW: its row repeats the middle one."
     )
     files = save(draw(table, note), options.out / "figures" / options.name)
     print(f"Wrote {', '.join(map(str, files))}")

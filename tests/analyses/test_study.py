@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from analyses import (
     adapter_zoo,
@@ -88,6 +89,11 @@ def test_rank(small: list[str], tmp_path: Path) -> None:
     means = scores.groupby(["method", "rank"])["retrieval"].mean()
     row = pairs[(pairs["dora_rank"] == 2) & (pairs["lora_rank"] == 4)].iloc[0]
     assert row["difference"] == pytest.approx(means["DoRA", 2] - means["LoRA", 4], abs=1e-4)
+    wide = scores.pivot_table(index="seed", columns=["method", "rank"], values="retrieval")
+    apart = (wide["DoRA"][[2, 4]] - wide["LoRA"][[2, 4]]).mean(axis=1)
+    every = pairs[pairs["scope"] == "all ranks × 1"].iloc[0]
+    ends = stats.t.interval(0.95, 1, apart.mean(), stats.sem(apart)) if apart.std() else (apart[0],) * 2
+    np.testing.assert_allclose([every["low"], every["high"]], ends, atol=1e-4)
     assert drawn(tmp_path, "rank")
 
 
@@ -108,6 +114,30 @@ def test_heads_and_norms(small: list[str], tmp_path: Path) -> None:
     assert drawn(tmp_path, "heads_and_norms")
 
 
+def test_heads_inside_layers_count_layers_not_layers_times_seeds() -> None:
+    rng = np.random.default_rng(4)
+    layers, heads = 6, 12
+    x = rng.uniform(0.1, 1, (layers, heads))
+    y = rng.uniform(0.1, 1, (layers, heads)) - 0.5 * x
+    one = pd.DataFrame(
+        {
+            "run": "seed0",
+            "step": 9,
+            "layer": np.repeat(np.arange(layers), heads),
+            "head": np.tile(np.arange(heads), layers),
+            "delta_direction": x.ravel(),
+            "delta_magnitude": y.ravel(),
+        }
+    )
+    same = pd.concat([one.assign(run=f"seed{seed}") for seed in range(3)])
+    found = [heads_and_norms.heads_inside(rows).iloc[0] for rows in (one, same)]
+    expected = np.mean([np.corrcoef(x[layer], y[layer])[0, 1] for layer in range(layers)])
+    widths = [np.diff(np.arctanh([row["pearson_low"], row["pearson_high"]])) for row in found]
+    assert found[1]["pearson"] == pytest.approx(expected)
+    assert (found[1]["runs"], found[1]["layers"]) == (3, layers)
+    assert widths[1] > 0.9 * widths[0]  # runs that repeat each other add nothing
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_adapter_zoo(small: list[str], tmp_path: Path) -> None:
     options = ["--methods", "LoRA", "PiSSA", "OFT", "VeRA", "--out", str(tmp_path)]
@@ -116,6 +146,9 @@ def test_adapter_zoo(small: list[str], tmp_path: Path) -> None:
     assert list(table["method"]) == ["FT", "LoRA", "PiSSA", "OFT", "VeRA"]
     assert table.set_index("method").loc["FT", "distance"] == 0
     assert (table["distance"][1:] > 0).all()
+    ranks = table[list(adapter_zoo.MEASURES)].to_numpy().argsort(0).argsort(0) / len(table)
+    apart = np.linalg.norm(ranks - ranks[0], axis=1)
+    np.testing.assert_allclose(table["distance"], apart, rtol=1e-4)
     assert drawn(tmp_path, "adapter_zoo")
 
 
