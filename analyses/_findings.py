@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -37,12 +38,12 @@ def reproduced() -> str:
     for stack, found in stacks.groupby("stack", sort=False):
         for role in ("query", "value"):
             lines.append(f"| its {stack} alone | {role}, across layers | {_signs(found, role)} |")
-    turned = stacks.groupby(["stack", "role"])["median_delta_direction"].median()
-    apart = turned["decoder", "query"] / turned["encoder", "query"]
+    turned = stacks.set_index(["stack", "role", "method"])["median_delta_direction"].unstack(
+        "stack"
+    )
+    apart = turned["decoder"] / turned["encoder"]
     bart, pre = about("reproduction_bart"), about("pretrain_bart")
     cut = len(bart.get("unfinished", []))
-    scores = pd.DataFrame(about("reproduction_minilm")["jobs"]).groupby("method")["retrieval"]
-    means = ", ".join(f"{method} {scores.mean()[method]:.3f}" for method in METHODS)
     return "\n".join(
         [
             "For each sign of the paper's claim, with the paper's total weight decay, r of ΔD and "
@@ -55,15 +56,22 @@ def reproduced() -> str:
             f"pre-trained here from random weights on {pre['tokens'] / 1e6:.0f}M tokens of Python "
             f"source (`analyses.pretrain`; held-out loss {pre['held_out_loss']['before']:.2f} → "
             f"{pre['held_out_loss']['after']:.2f}{_blind(pre)}). A text is embedded by its decoder's "
-            "states. The median query of its decoder "
-            f"turns {apart:,.{0 if apart > 10 else 1}f} times as far as that of its encoder"
-            + (": over both stacks r is that of two clouds." if not 0.2 < apart < 5 else ".")
+            f"states. The median matrix of its decoder turns {apart.min():.1f} to {apart.max():.1f} times "
+            "as far as that of its encoder, by method and role"
+            + (": over both stacks r is that of two clouds." if not 0.2 < apart.min() < apart.max() < 5 else ".")
             + (f" {cut} of its {cut + len(bart['jobs'])} runs were cut off and are left out." if cut else "")
             + _without_decay()
-            + f" MiniLM's held-out score: before {about('reproduction_minilm')['before']['retrieval']:.3f}, "
-            f"then {means}.",
+            + f" Held-out score: {_scores('reproduction_minilm')}; {_scores('reproduction_bart')}.",
         ]
     )  # fmt: skip
+
+
+def _scores(name: str) -> str:
+    """The score before and after, mean over seeds."""
+    made = about(name)
+    means = pd.DataFrame(made["jobs"]).groupby("method")["retrieval"].mean()
+    told = ", ".join(f"{method} {means[method]:.3f}" for method in METHODS)
+    return f"{RUNS[name]} before {made['before']['retrieval']:.3f}, then {told}"
 
 
 def _signs(found: Any, role: str) -> str:
@@ -118,39 +126,46 @@ def decay() -> str:
         for role in ("query", "value")
     }
     errors = points.groupby("method")["error"].apply(lambda e: 100 * e.abs().mean())
+    alone = 100 * points[points["total"] == 0].groupby("method")[["measured", "predicted"]].mean()
+    turning = ", ".join(
+        f"{method} {number(alone.loc[method, 'measured'])}% ({number(alone.loc[method, 'predicted'])}%)"
+        for method in METHODS
+    )
     shares = table("weight_decay_relative")
 
     def without(method: str) -> str:
         place = {"method": method, "role": "value", "total": 0.0, "level": "within_step"}
         return with_interval(one(absolute, **place))
 
-    def of_size(method: str, role: str, name: str = "pearson") -> str:
-        return number(one(shares, method=method, total=0.1, role=role)[name])
+    def of_size(method: str, role: str) -> str:
+        return with_interval(one(shares, method=method, total=0.1, role=role))
 
     def layers(method: str, role: str) -> str:
-        place = {"method": method, "role": role, "total": 0.1, "level": "within_step"}
-        return number(one(absolute, **place)["pearson"])
+        return r(method, 0.1, role, "within_step")
 
+    turned = one(shares, method="FT", total=0.1, role="value")["r_direction_size"]
+    cells = [(method, role) for method in ("FT", "DoRA") for role in ("query", "value")]
+    told = ", ".join(f"{method} {role} {layers(method, role)}" for method, role in cells)
+    sized = ", ".join(f"{method} {role} {of_size(method, role)}" for method, role in cells)
     return (
         f"Across the units of the value matrices r of FT goes from {r('FT', 0.0)} without decay to "
         f"{r('FT', 0.1)} at Λ = 10%, that of DoRA from {r('DoRA', 0.0)} to {r('DoRA', 0.1)}, and "
-        f"LoRA's stays ({r('LoRA', 0.0)}, {r('LoRA', 0.1)}): decay on what holds the magnitude "
+        f"LoRA's stays ({r('LoRA', 0.0)}, {r('LoRA', 0.1)}); of the query matrices likewise (FT "
+        f"{r('FT', 0.0, 'query')} to {r('FT', 0.1, 'query')}, DoRA {r('DoRA', 0.0, 'query')} to "
+        f"{r('DoRA', 0.1, 'query')}): decay on what holds the magnitude "
         "makes the sign negative. Is the paper's contrast between LoRA and DoRA left when decay is "
         f"off? Yes, though not as one of signs: across layers r of LoRA is above that of DoRA by "
         f"{left['query']} (query) and {left['value']} (value; means over seeds with t-intervals, "
-        "which speak of these layers).\n\nThe prediction m' = m(1 − Λ_eff)/(1 − ΔD), Λ_eff = 1 − exp(−Λ), misses "
-        f"the relative signed ΔM by {errors['FT']:.2f} (FT), {errors['LoRA']:.2f} (LoRA) and {errors['DoRA']:.2f} "
-        "(DoRA) percentage points on average: DoRA's m learns against the turning that it predicts. "
+        f"which speak of these layers).\n\nAcross six layers less is sure: at Λ = 10% r is {told}. "
         "Sizes do a part: decay takes from each layer in proportion to m_0, and large weights turn "
-        f"less (value, r of ΔD and m_0: {of_size('FT', 'value', 'r_direction_size')} in FT). Across "
-        "layers at Λ = 10%, r goes from "
-        + ", ".join(
-            f"{layers(method, role)} to {of_size(method, role)} ({method} {role})"
-            for method in ("FT", "DoRA")
-            for role in ("query", "value")
-        )
-        + " if ΔM is taken relative to m_0. The first trials, of one seed, had r across the layers of "
-        "value without decay at "
+        f"less (value, r of ΔD and m_0: {number(turned)} in FT). Of ΔM relative to m_0 it is {sized}: "
+        "what is left of the sign across layers is FT's of value.\n\n"
+        "The prediction m' = m(1 − Λ_eff)/(1 − ΔD), Λ_eff = 1 − exp(−Λ), misses the relative signed "
+        f"ΔM by {errors['FT']:.2f} (FT), {errors['LoRA']:.2f} (LoRA) and {errors['DoRA']:.2f} (DoRA) "
+        f"percentage points on average. Without decay turning is all that it has: {turning} are "
+        "measured (and predicted), means over weights. For LoRA it is nearly right; FT turns so little that "
+        "decay is all its test; DoRA's m, a parameter of its own, does not lengthen as its weights turn. "
+        "The first trials, of one seed, had r across the layers of value without decay at "
         + " and ".join(
             f"{number(trial)} ({method}), where here it is {without(method)}"
             for method, trial in TRIALS.items()
@@ -162,8 +177,10 @@ def decay() -> str:
 
 def placement() -> str:
     """Which of DoRA's parameters has to decay."""
-    found = table("decay_placement")
-    found = found[(found["level"] == "units") & ~found["signed"]]
+    absolute = table("decay_placement")
+    absolute = absolute[~absolute["signed"]]
+    found, layers = (absolute[absolute["level"] == level] for level in ("units", "within_step"))
+    sure = int((layers["pearson_low"] * layers["pearson_high"] > 0).sum())
 
     def r(place: str, total: float, role: str) -> str:
         return with_interval(one(found, decay_on=place, total=total, role=role))
@@ -177,10 +194,20 @@ def placement() -> str:
         for role in ("query", "value")
     )
     return (
-        f"Decay on m does, decay on A and B does nothing. r across units, {told}. Decay on m "
-        f"changes the magnitudes by {number(change['magnitude'])}% on average, decay on A and B by "
-        f"{number(change['factors'])}%."
+        "Decay on m does; decay on A and B changes r across units by less than "
+        f"{_moved_by_factors(found):.3f} at any Λ. r across units, {told}. At Λ = {100 * largest:g}% "
+        f"with decay on m the magnitudes change by {number(change['magnitude'])}% on average, with "
+        f"decay on A and B by {number(change['factors'])}%, and with none by "
+        f"{number(100 * found[found['total'] == 0]['relative_change'].mean())}%. Across layers "
+        f"{sure or 'none'} of the {len(layers)} intervals, of six layers each, leaves out zero."
     )
+
+
+def _moved_by_factors(found: Any) -> float:
+    """The largest change of r by decay on A and B alone, rounded up to a thousandth."""
+    alone = found[found["decay_on"] == "factors"].set_index(["role", "total"])["pearson"].unstack()
+    none = found[found["total"] == 0].set_index("role")["pearson"]
+    return math.ceil(1000 * float(alone.sub(none, axis=0).abs().max(axis=None))) / 1000
 
 
 def geometry() -> str:
@@ -191,22 +218,30 @@ def geometry() -> str:
         return f"{one(found, source=source, role=role, method=method)['r_squared']:.2f}"
 
     others = found[(found["method"] != "LoRA") & (found["source"] != "paper")]
+    paper = [one(found, source="paper", role=role, method="LoRA") for role in ("query", "value")]
     share = table("update_geometry_share")
     last = share[share["step"] == share.groupby("source")["step"].transform("max")]
-    last = last[last["source"] == "reproduction_minilm"]
-    shares = last.groupby("method")["mean"].mean()
+    shares = last.groupby(["source", "method"])["mean"].mean()
+    minilm, bart = "reproduction_minilm", "reproduction_bart"
+    query = one(last, source=bart, role="query", method="LoRA")["mean"]
     return (
         "The curve ΔM = m·ΔD/(1 − ΔD), with each weight's own m and nothing fitted, explains "
-        f"R² = {r_squared('reproduction_minilm', 'query')} (query) and "
-        f"{r_squared('reproduction_minilm', 'value')} (value) of LoRA's points on MiniLM, and "
-        f"{r_squared('reproduction_bart', 'query')} and {r_squared('reproduction_bart', 'value')} on "
-        "our BART. On the paper's own LoRA points, with one fitted m, it explains "
-        f"{r_squared('paper', 'query')} and {r_squared('paper', 'value')}. It tells nothing of FT "
-        "and DoRA, with decay or without: the mean of ΔM is a better guess in "
+        f"R² = {r_squared(minilm, 'query')} (query) and {r_squared(minilm, 'value')} (value) of LoRA's "
+        f"points on MiniLM, and {r_squared(bart, 'query')} and {r_squared(bart, 'value')} on our BART "
+        f"(without decay {r_squared(f'{minilm}_no_decay', 'query')}, "
+        f"{r_squared(f'{minilm}_no_decay', 'value')}, {r_squared(f'{bart}_no_decay', 'query')} and "
+        f"{r_squared(f'{bart}_no_decay', 'value')}). On the paper's own LoRA points, with one fitted m, "
+        f"it explains {paper[0]['r_squared']:.2f} and {paper[1]['r_squared']:.2f}; a straight line, of "
+        f"one number more, {paper[0]['r_squared_line']:.2f} and {paper[1]['r_squared_line']:.2f}. "
+        "It tells nothing of FT and DoRA, with decay or without: the mean of ΔM is a better guess in "
         f"{int((others['r_squared'] < 0).sum())} of {len(others)} sets of their points. At the end of "
-        "training the radial share of "
-        f"‖ΔW‖² is {shares['LoRA']:.4f} for LoRA (a random direction has 1/384 = {1 / 384:.4f}), "
-        f"{shares['FT']:.2f} for FT and {shares['DoRA']:.2f} for DoRA; the rest is tangential."
+        f"training on MiniLM the radial share of ‖ΔW‖² is {shares[minilm, 'LoRA']:.4f} for LoRA (a "
+        f"random direction has 1/384 = {1 / 384:.4f}), {shares[minilm, 'FT']:.2f} for FT and "
+        f"{shares[minilm, 'DoRA']:.2f} for DoRA; without decay FT's is "
+        f"{shares[f'{minilm}_no_decay', 'FT']:.4f} and DoRA's {shares[f'{minilm}_no_decay', 'DoRA']:.3f}. "
+        "The rest is tangential. "
+        f"Where the curve fits least, BART's query, LoRA's share is {query:.4f}, twice that of a random "
+        f"direction (1/256)."
     )
 
 
@@ -214,10 +249,11 @@ def gradients() -> str:
     """The equations checked; conditioning; the scenarios."""
     found, checks = table("gradient_geometry"), table("gradient_geometry_checks")
     worst = checks[["error_A", "error_B", "error_m"]].max().max()
-    gain = 100 * found["participation_gain"]
+    gain, made = 100 * found["participation_gain"], about("gradient_geometry")
     return (
-        f"Eq. 6, 7 and 11 agree with autograd to {worst:.0e} in float64, on all "
-        f"{len(found)} adapted weights. Of the gradient of a unit, {100 * found['radial_share'].mean():.2f}% "
+        f"Eq. 6, 7 and 11 agree with autograd to {worst:.1e} in float64, on all "
+        f"{len(found)} adapted weights (one DoRA run of {made['steps']} steps, {made['batches']} batches "
+        f"of {made['batch_size']}). Of the gradient of a unit, {100 * found['radial_share'].mean():.2f}% "
         f"lies along the unit itself (a random direction: {100 / found['inputs'].iloc[0]:.2f}%), so "
         "that the projection takes off next to nothing: the participation ratio of the gradient's "
         f"covariance grows by {gain.mean():.2f}% on average ({number(gain.min())}% to {number(gain.max())}% "

@@ -31,7 +31,9 @@ def zoo() -> str:
     apart = at_best.std().pow(2).mean() ** 0.5
     rates = jobs.groupby("method")["rate"]
     chosen = found.set_index("method")["rate"].drop("FT")
-    at_end = int(((chosen == rates.min()[chosen.index]) | (chosen == rates.max()[chosen.index])).sum())
+    at_end = int(
+        ((chosen == rates.min()[chosen.index]) | (chosen == rates.max()[chosen.index])).sum()
+    )
     measures = {
         "r_layers": "r across layers",
         "r_units": "r across units",
@@ -146,7 +148,9 @@ def _held_against(name: str) -> str:
     for times, words in ((1, "its rank"), (2, "twice its rank")):
         rows = ranks[ranks["lora_rank"] == times * ranks["dora_rank"]]
         every = one(pairs, scope=f"all ranks × {times}")
-        points = with_interval(100 * every[["difference", "low", "high"]], "difference", "low", "high")
+        points = with_interval(
+            100 * every[["difference", "low", "high"]], "difference", "low", "high"
+        )
         parts.append(
             f"{points} from LoRA of {words} (below it at "
             f"{int((rows['difference'].round(4) < 0).sum())} of {len(rows)} ranks)"

@@ -7,10 +7,10 @@ of the update that is radial, the task score as colour, full fine-tuning as the 
 method that moves more like full fine-tuning also better at the task?
 
 A method's distance from full fine-tuning is Euclidean over its ranks, as shares, in four measures:
-coupling across layers and across units (signed), radial share, and log of relative ΔM over ΔD. Ranks,
-since a method that turns nothing (IA3) or lengthens nothing (HRA) has a ratio of rounding errors,
-which would set the scale of a standardised ratio; that distance (couplings in Fisher's z) is kept
-beside it.
+coupling across layers and across units (signed), radial share, and log of relative ΔM over ΔD.
+Ranks, since a method that turns nothing (IA3) or lengthens nothing (HRA) has a ratio of rounding
+errors, which would set the scale of a standardised ratio; that distance (couplings in Fisher's z)
+is kept beside it.
 
 Writes figures/adapter_zoo.{png,svg}, analyses/results/adapter_zoo.csv, _answer.csv and .json.
 """
@@ -165,7 +165,8 @@ def measures(late: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
 
 def _from_full(placed: pd.DataFrame) -> pd.Series[float]:
     """Euclidean distance of each method's row from that of full fine-tuning."""
-    return np.sqrt(((placed - placed.loc["FT"]) ** 2).sum(axis=1, skipna=False))
+    apart: pd.Series[float] = ((placed - placed.loc["FT"]) ** 2).sum(axis=1, skipna=False)
+    return apart**0.5
 
 
 def answer(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:

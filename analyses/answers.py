@@ -40,7 +40,7 @@ class Entry:
         command: of its full setting.
         files: result files with a sweep's jobs, for the cost.
         figure: name of the figure.
-        more: further figures: name, what it is, command.
+        more: further figures: name, what it is, what it shows, command.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Entry:
     command: str
     files: tuple[str, ...] = ()
     figure: str = ""
-    more: tuple[tuple[str, str, str], ...] = ()
+    more: tuple[tuple[str, str, str, str], ...] = ()
 
 
 RANK: Final = (
@@ -70,6 +70,17 @@ def _reproduce(name: str) -> str:
     )
 
 
+MORE: Final = {
+    "reproduction_bart": "LoRA's points rise; FT's and DoRA's fall, with two clouds in FT's query. A "
+    "colour is a layer of the encoder and that of its number in the decoder.",
+    "reproduction_minilm_no_decay": "all six lines rise; only LoRA's points keep to theirs.",
+    "reproduction_bart_no_decay": "all six lines rise; FT's value and DoRA's query points scatter "
+    "most.",
+    "rank_no_decay": "LoRA and DoRA score alike at every rank; DoRA's coupling goes up with rank, "
+    "inside wide intervals, and the effective rank of its ΔW down to rank 32, then up.",
+}
+"""What the further figures show."""
+
 ENTRIES: Final = (
     Entry(
         "reproduce", "Does the finding hold?",
@@ -85,7 +96,7 @@ ENTRIES: Final = (
         ),
         "reproduction_minilm",
         tuple(
-            (name, stored.RUNS[name], _reproduce(name))
+            (name, stored.RUNS[name], MORE[name], _reproduce(name))
             for name in stored.there(
                 "reproduction_bart", "reproduction_minilm_no_decay", "reproduction_bart_no_decay"
             )
@@ -138,8 +149,9 @@ ENTRIES: Final = (
         "How do learning rate, rank, batch size, optimizer and the choice of checkpoints change the "
         "coupling, with the paper's decay and without?",
         findings.when,
-        "A map of r: LoRA's columns are red throughout, FT's and DoRA's blue with decay and pale "
-        "without, but red in the last row, where the whole run is pooled.",
+        "A map of r: LoRA's columns are red throughout; FT's and DoRA's are blue with decay, but "
+        "DoRA's under SGD, and of both signs without, few of them sure; all are red in the last row, "
+        "where the whole run is pooled.",
         "python -m analyses.sign_map --seeds 3 --steps 300 --batch-size 128 --held-out 1000 "
         "--data pairs.jsonl",
         ("sign_map",),
@@ -174,7 +186,7 @@ ENTRIES: Final = (
         RANK,
         stored.there("rank", "rank_no_decay"),
         more=tuple(
-            (name, "no decay", f"{RANK} --no-decay --name {name}")
+            (name, "no decay", MORE[name], f"{RANK} --no-decay --name {name}")
             for name in stored.there("rank_no_decay")
         ),
     ),
@@ -227,7 +239,7 @@ def _where(sweeps: Sequence[dict[str, Any]]) -> str:
 def paragraph(entry: Entry) -> str:
     """One recipe in analyses/README.md."""
     figure = f"{entry.figure or entry.name}.png"
-    more = "".join(f", [{words}](../figures/{name}.png)" for name, words, _ in entry.more)
+    more = "".join(f", [{words}](../figures/{name}.png)" for name, words, *_ in entry.more)
     return "\n".join(
         [
             f"## {entry.title} (`analyses.{entry.name}`)",
@@ -267,9 +279,9 @@ def gallery(text: str) -> str:
             f"| `{entry.command}` |"
         )
         lines += [
-            f"| ![The same figure: {words}.]({name}.png) | **{entry.title}** The same: {words}. "
-            f"| `{command}` |"
-            for name, words, command in entry.more
+            f"| ![The same figure, {words}: {shown}]({name}.png) | **{entry.title}** The same, "
+            f"{words}: {shown} | `{command}` |"
+            for name, words, shown, command in entry.more
         ]
     body = "\n".join([BEGIN, "", "## The study", "", *lines, "", END])
     text = _with_section(text, BEGIN, END, body)

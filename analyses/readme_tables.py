@@ -67,15 +67,22 @@ def finding() -> str:
     about = json.loads((RESULTS / "reproduction_minilm.json").read_text())
     seeds = len({job["seed"] for job in about["jobs"]})
     steps, batch = (about["recipes"][0][name] for name in ("steps", "batch_size"))
+    made = [
+        json.loads((RESULTS / f"reproduction_{name}{ending}.json").read_text())
+        for name in STARTS
+        for ending in ("", "_no_decay")
+    ]
+    machines = dict.fromkeys(f"{run['machine']}, torch {run['versions']['torch']}" for run in made)
     return "\n".join(
         [
             *lines,
             "",
             "Pearson r of (ΔD, ΔM) with 95% intervals over layers and seeds: "
             f"{seeds} seeds, {steps} steps of batch {batch}, four late checkpoints; "
-            f"{about['machine']}, torch {about['versions']['torch']}.",
+            f"{'; '.join(machines)}.",
             "",
-            f"Of the paper's six signs are certain: {'; '.join(certain)}.",
+            "Of the paper's six signs are certain (the whole 95% interval has the sign): "
+            f"{'; '.join(certain)}.",
         ]
     )
 

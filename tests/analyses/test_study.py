@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 
 from analyses import (
+    _findings,
     adapter_zoo,
     answers,
     decay_placement,
@@ -90,9 +91,11 @@ def test_rank(small: list[str], tmp_path: Path) -> None:
     row = pairs[(pairs["dora_rank"] == 2) & (pairs["lora_rank"] == 4)].iloc[0]
     assert row["difference"] == pytest.approx(means["DoRA", 2] - means["LoRA", 4], abs=1e-4)
     wide = scores.pivot_table(index="seed", columns=["method", "rank"], values="retrieval")
-    apart = (wide["DoRA"][[2, 4]] - wide["LoRA"][[2, 4]]).mean(axis=1)
+    both = wide["DoRA"][[2, 4]].to_numpy() - wide["LoRA"][[2, 4]].to_numpy()
+    apart = both.mean(axis=1)
     every = pairs[pairs["scope"] == "all ranks × 1"].iloc[0]
-    ends = stats.t.interval(0.95, 1, apart.mean(), stats.sem(apart)) if apart.std() else (apart[0],) * 2
+    half = stats.sem(apart) * stats.t.ppf(0.975, 1)
+    ends = apart.mean() - half, apart.mean() + half
     np.testing.assert_allclose([every["low"], every["high"]], ends, atol=1e-4)
     assert drawn(tmp_path, "rank")
 
@@ -286,6 +289,23 @@ def test_the_full_setting_is_made_of_commands_that_exist(
     recipes = {line.split()[2].removeprefix("analyses.") for line in lines}
     speed = {"observer_cost", "performance", "adapter_cost", "growth"}
     assert recipes == {entry.name for entry in answers.ENTRIES} | {"pretrain"} | speed
+
+    def settings(line: str) -> frozenset[str]:
+        """A command without the places on a machine, which options may name in any order."""
+        words = re.sub(r"--(data|model|out|workers) \S+", "", line).split(" --")
+        return frozenset(word.strip() for word in words)
+
+    told = [entry.command for entry in answers.ENTRIES]
+    told += [command for entry in answers.ENTRIES for *_, command in entry.more]
+    assert {settings(command) for command in told} <= {settings(line) for line in lines}
+
+
+def test_without_decay_adam_is_counted_once() -> None:
+    found = _findings.signs()
+    without = found[found["decay"] == "no decay"]
+    assert not without.duplicated(["method", "role", "level", "pearson", "slope"]).any()
+    with_decay = found[found["decay"] != "no decay"]
+    assert set(with_decay["setting"]) - set(without["setting"]) == {"Adam, decay in the gradient"}
 
 
 def test_the_gallery_names_every_recipe_that_writes_results() -> None:
