@@ -46,7 +46,7 @@ class Recorder:
     Watching reads weights and nothing else: the training is bit-identical to one without it.
 
     A weight that trains is copied once, as baseline; a frozen weight below a LoRA or DoRA is not
-    copied.
+    copied, so that writing to it behind torch's back (`weight.data.add_(…)`) moves W_0 unseen.
 
     A failure of the recorder costs no training: what cannot be measured or written is warned of
     once, and training goes on. Rows that the disk refuses (it is full, the folder was removed)
