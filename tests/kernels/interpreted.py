@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -27,6 +27,9 @@ from dora_dynamics._kernels import (
 from dora_dynamics._kernels.sums import LARGEST, SMALLEST
 from tests.kernels.cases import DTYPES, LAYOUTS, assert_sums, changed, difficult
 from tests.kernels.test_gpu_paths import CANNOT_INTERPRET
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 cuda: Any = torch.cuda
 cuda.device = contextlib.nullcontext
@@ -112,6 +115,46 @@ def with_bfloat16_products() -> None:
         return create_dot(self, value(a), value(b), *others)
 
     builder.create_dot = dot
+
+
+@contextlib.contextmanager
+def counted_reads(weights: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """How many elements of each weight are read meanwhile, those read twice counted twice."""
+    counts = [0] * len(weights)
+    builder = interpreter.InterpreterBuilder
+    load = builder.create_masked_load
+
+    def counting(self: Any, ptrs: Any, mask: Any, *others: Any) -> Any:
+        read = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+        for i, weight in enumerate(weights):
+            first = weight.data_ptr()
+            counts[i] += int(((read >= first) & (read < first + weight.nbytes)).sum())
+        return load(self, ptrs, mask, *others)
+
+    with mock.patch.object(builder, "create_masked_load", counting):
+        yield counts
+
+
+def read_once() -> None:
+    """Every element of every weight, in whole tiles and others, and none of them again."""
+    generator = torch.Generator().manual_seed(0)
+    pairs, updates = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ("rows", "columns"):
+            for shape in ((19, 300), (8, 256)):
+                before, after = (LAYOUTS[layout](w) for w in changed(shape, dtype))
+                pairs.append((before, after))
+                A = torch.randn(8, shape[1], generator=generator) / 8
+                B = torch.randn(shape[0], 8, generator=generator) * 1e-3
+                updates.append(LowRankUpdate(before, A, B, 2.0))
+    weights = [weight for pair in pairs for weight in pair]
+    with counted_reads(weights) as counts:
+        triton_path.queue(pairs)()
+    assert counts == [weight.numel() for weight in weights]
+    with counted_reads(weights) as counts:
+        triton_low_rank.queue(updates)
+    assert counts[::2] == [update.before.numel() for update in updates]
+    assert not any(counts[1::2])
 
 
 def assert_low_rank(sums: torch.Tensor, update: LowRankUpdate) -> None:
@@ -252,5 +295,6 @@ if __name__ == "__main__":
     gathered()
     with_bfloat16_products()
     every_tiling()
+    read_once()
     low_rank_changes()
     low_rank_changes_again()
