@@ -1,7 +1,6 @@
 r"""Run: `python -m analyses.full_study --data pairs.jsonl` (about 20 minutes on two H100s).
 
-The study at full strength: the commands with which the results in analyses/results/ were made. The
-BART of the committed results was pre-trained when `pretrain` still began from weights of 0.02.
+The study at full strength: the commands with which the results in analyses/results/ were made.
 `--list` prints them. The commands of a queue run one after the other, the queues side by side, in
 turn on the GPUs that there are. `--parts` runs some of the parts only: `--parts speed` needs no
 data, and a machine on which nothing else runs.
@@ -39,7 +38,8 @@ BART: Final = "--model {out}/models/bart --states decoder"
 PARTS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "1": (
         (
-            "pretrain --shape bart --length 256 --batch-size 128 --learning-rate 0.001 --out {out}",
+            "pretrain --shape bart --length 256 --batch-size 128 --learning-rate 0.001 "
+            "--initial-std 0.02 --out {out}",
             f"reproduce {LONG} {BART} --name reproduction_bart {{common}}",
             f"reproduce {LONG} {BART} --weight-decay 0 "
             "--name reproduction_bart_no_decay {common}",

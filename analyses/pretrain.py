@@ -5,9 +5,9 @@ learns the source text of the installed Python packages from random weights. It 
 encoder–decoder in BART's shape (6 + 6 layers, as the paper's model) that restores masked spans, or
 a decoder in LLaMA's shape (12 layers) that tells the next token. A small encoder–decoder learns to
 look into its encoder only if its attention begins far enough from even (weights of 1/√width; with
-those of BART's own 0.02, in windows of 256 tokens, it did in one of two runs, that of the committed
-results), and sooner in short windows. The loss with nothing but masks in the encoder tells whether
-it did. The study takes it by
+BART's own, `--initial-std 0.02`, in windows of 256 tokens, it did in one of two runs, that of the
+committed results), and sooner in short windows. The loss with nothing but masks in the encoder
+tells whether it did. The study takes it by
 
     python -m analyses.reproduce --model models/bart --data pairs.jsonl
 
@@ -60,6 +60,7 @@ class Settings:
         batch_size: windows a step.
         steps: optimizer steps of AdamW.
         learning_rate: peak of the linear schedule.
+        initial_std: of the initial weights of a BART; 0 for 1/√width.
         seed: of everything.
     """
 
@@ -72,6 +73,7 @@ class Settings:
     batch_size: int = 512
     steps: int = 4000
     learning_rate: float = 5e-4
+    initial_std: float = 0.0
     seed: int = 0
 
 
@@ -143,7 +145,7 @@ def make_model(settings: Settings) -> nn.Module:
     return BartForConditionalGeneration(
         BartConfig(
             d_model=width,
-            init_std=width**-0.5,
+            init_std=settings.initial_std or width**-0.5,
             dropout=0.0,
             use_cache=False,
             decoder_start_token_id=END,

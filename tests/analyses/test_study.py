@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -162,9 +162,26 @@ def test_the_zoo_has_every_method_that_changes_query_and_value() -> None:
     assert measured - elsewhere == {kind for kind, _ in adapter_zoo.ZOO.values()}
 
 
-def test_update_geometry(small: list[str], tmp_path: Path) -> None:
+def test_update_geometry_of_an_encoder_decoder(
+    small: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import BartConfig, BartModel
+
+    sizes: dict[str, Any] = {"encoder_layers": 3, "decoder_layers": 3, "pad_token_id": 0}
+    for stack in ("encoder", "decoder"):
+        sizes |= {f"{stack}_ffn_dim": 64, f"{stack}_attention_heads": 2}
+    torch.manual_seed(0)
+    BartModel(BartConfig(vocab_size=12, d_model=64, **sizes)).save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
     out = ["--out", str(tmp_path)]
-    reproduce.main([*small, *HELD_OUT, *out, "--name", "runs"])
+    shape = ["--model", str(tmp_path / "bart"), "--states", "decoder"]
+    reproduce.main([*small, *HELD_OUT, *shape, *out, "--name", "runs"])
+    stacks = pd.read_csv(tmp_path / "analyses/results/runs_stacks.csv")
+    assert set(stacks["stack"]) == {"encoder", "decoder"}
+    whole = pd.read_csv(tmp_path / "analyses/results/runs.csv")
+    assert (whole["layers"] == 6).all()
+    assert drawn(tmp_path, "runs")
+
     update_geometry.main([*out, "--runs", "runs", "--inputs", "64"])
     table = pd.read_csv(tmp_path / "analyses/results/update_geometry.csv")
     assert set(table["source"]) == {"runs", "paper"}
@@ -244,6 +261,13 @@ def test_pretrain(shape: str, tmp_path: Path) -> None:
     tokens = tokenizer("def walk(over): return hill", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(tokens[0]).strip() == "def walk(over): return hill"
     assert model(input_ids=tokens).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize(("asked", "found"), [(0.0, 0.25), (0.02, 0.02)])
+def test_the_first_weights_of_a_bart(asked: float, found: float) -> None:
+    small = pretrain.Settings("bart", width=16, layers=2, vocabulary=300, initial_std=asked)
+    weights = pretrain.make_model(small).get_parameter("model.encoder.layers.0.fc1.weight")
+    assert weights.std().item() == pytest.approx(found, rel=0.1)
 
 
 def test_each_stack_is_told_apart() -> None:
