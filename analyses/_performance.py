@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     Pairs = list[tuple[Tensor, Tensor]]
 
 SEED: Final = 0
+SHORTEST, LONGEST = 1 << 26, 1 << 33
+"""Cycles that a GPU is kept busy while work is queued: from some 40 ms to 5 s."""
 _MEMCMP: Any = ctypes.CDLL(None).memcmp
 _MEMCMP.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -286,11 +288,15 @@ def by_events(work: Callable[[], object]) -> float:
 
 
 def when_queued(work: Callable[[], object]) -> float:
-    """Seconds that a GPU takes for `work`, which waits for nothing, once all of it is queued."""
+    """Seconds that a GPU takes for `work`, which waits for nothing, once all of it is queued.
+
+    Raises:
+        RuntimeError: it waits for the GPU, however long that is busy.
+    """
     cuda: Any = torch.cuda
     start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-    cycles = 1 << 26
-    while True:
+    cycles = SHORTEST
+    while cycles <= LONGEST:
         wait_for_gpu()
         cuda._sleep(cycles)
         start.record()
@@ -302,6 +308,7 @@ def when_queued(work: Callable[[], object]) -> float:
         if was_behind:
             return 1e-3 * float(start.elapsed_time(end))
         cycles *= 2
+    raise RuntimeError("this work waits for the GPU, and cannot be timed behind other work.")
 
 
 def extra_memory(work: Callable[[], object]) -> float:

@@ -52,8 +52,6 @@ _UPPER: Final = -1 << 16
 _LINE: Final = 64
 """Bytes of a line of the cache, where buffers begin: numpy's own may begin within one, and take
 up to twice as long to fill."""
-_SINGLE: Final = np.dtype(np.float32)
-_DOUBLE: Final = np.dtype(np.float64)
 _IN_NUMPY: Final = (torch.float32, torch.float64)
 """What is summed as it is stored."""
 

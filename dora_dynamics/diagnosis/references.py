@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any, Final
 
@@ -28,13 +27,6 @@ def recorded_runs(*, decays: bool) -> pd.DataFrame:
         table = pd.read_csv(lines)
     kept = table[table["decays"].astype(bool) == decays]
     return validate(kept.drop(columns="decays")).reset_index(drop=True)
-
-
-def about_recorded_runs() -> dict[str, Any]:
-    """What the recorded runs are: model, task, recipes, versions, machine."""
-    text = resources.files("dora_dynamics").joinpath("data", ABOUT).read_text(encoding="utf-8")
-    about: dict[str, Any] = json.loads(text)
-    return about
 
 
 def same_weights(first: pd.DataFrame, second: pd.DataFrame) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from analyses import _tables, growth
+from analyses import _performance, _tables, growth
 from analyses._performance import balanced_orders
 
 if TYPE_CHECKING:
@@ -186,6 +186,51 @@ def test_turns_are_balanced() -> None:
     assert [order[4 + 4 * t : 8 + 4 * t] for t in range(8)] == 2 * balanced_orders(4)
     for i, times in enumerate(found):
         assert (times[:, 1] == i).all()
+
+
+@pytest.mark.parametrize("host_takes", [1, 5, 1000])
+def test_work_is_timed_from_when_all_of_it_is_queued(
+    host_takes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that is not there: time is counted in the shortest sleeps, the work takes two."""
+    now = done_at = 0.0
+
+    class Event:
+        at = 0.0
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = max(now, done_at)
+
+        def query(self) -> bool:
+            return self.at <= now
+
+        def synchronize(self) -> None:
+            nonlocal now
+            now = max(now, self.at)
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    def busy(cycles: float) -> None:
+        nonlocal done_at
+        done_at = max(now, done_at) + cycles / _performance.SHORTEST
+
+    def work() -> None:
+        nonlocal now
+        for _ in range(2):
+            now += host_takes / 2
+            busy(_performance.SHORTEST)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", busy)
+    if host_takes <= _performance.LONGEST // _performance.SHORTEST:
+        assert _performance.when_queued(work) == pytest.approx(2e-3)
+    else:
+        with pytest.raises(RuntimeError, match="waits for the GPU"):
+            _performance.when_queued(work)
 
 
 def test_fit_of_a_straight_line() -> None:
