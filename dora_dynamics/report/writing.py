@@ -291,7 +291,7 @@ def _described(panel: Panel, names: Names, fitted: Sequence[Sequence[Fit]]) -> d
     stat, label = "", f"{_KIND_IN_WORDS[panel.kind]}: {title or 'chosen above'}."
     if panel.kind == "paper" and panel.method is not None and panel.role is not None:
         fit = fitted[panel.role][panel.method]
-        stat = f"{fit.r}; {fit.rest}"
+        stat = "; ".join(filter(None, (fit.r, fit.rest)))
         label += f" {stat}."
     return {
         **asdict(panel),

@@ -15,6 +15,7 @@ from tests.report.report_runs import make_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import pandas as pd
     from playwright.sync_api import Browser, Page
@@ -225,3 +226,31 @@ def test_dark_narrow_and_on_paper(opened: Opened) -> None:
     page.set_viewport_size({"width": 380, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
     assert [line for line in opened.heard if line.startswith(("error", "warning"))] == []
+
+
+def test_a_method_that_lacks_a_role_has_words_for_axes(browser: Browser, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    runs = [
+        make_run(tmp_path / "ft", layers=2, roles=["query", "value", "key", "up"]),
+        make_run(tmp_path / "lora", "LoRA", layers=2, roles=["value"], seed=1),
+    ]
+    page = browser.new_page(viewport={"width": 1200, "height": 3000})
+    page.goto(dd.write_report(runs, tmp_path / "report.html").as_uri())
+    page.wait_for_selector("body[data-ready=yes]", timeout=120_000)
+    for role in ("value", "query"):
+        page.get_by_role("combobox", name="Role").select_option(label=role)
+        for kind in ("steps", "trajectories", "heat", "by_layer", "paper"):
+            panels = page.evaluate(
+                """(kind) => doraReport.page.panels
+                  .filter((panel) => panel.kind === kind)
+                  .map((panel) => [panel.method, panel.id])""",
+                kind,
+            )
+            assert {method for method, _ in panels} == {0, 1}
+            for method, panel in panels:
+                place = page.locator(f"#{panel}")
+                place.locator("xpath=..").scroll_into_view_if_needed()
+                expect(place).to_be_visible(visible=(method, role) != (1, "query"))
+    expect(page.locator("figure[data-method='1'] .stat")).to_have_text("not recorded")
+    page.close()

@@ -58,9 +58,18 @@ class Charts {
     if (this.state.hiddenMethods.has(panel.method)) return;
     const { stale } = panel;
     panel.stale = null;
-    if (stale === "all") this[panel.kind](panel);
-    else if (stale === "cursor" && panel.kind === "heat") this.moveHeatCursor(panel);
+    if (stale === "all") {
+      this.tellAbsence(panel);
+      this[panel.kind](panel);
+    } else if (stale === "cursor" && panel.kind === "heat") this.moveHeatCursor(panel);
     else if (stale === "cursor") this.moveCursor(panel, this.state.step);
+  }
+
+  // In place of empty axes, where no run of the method has a weight of the role.
+  tellAbsence(panel) {
+    if (panel.method === null) return;
+    const isAbsent = this.model.select(panel.method, this.role(panel)).length === 0;
+    document.getElementById(panel.id).closest("figure").classList.toggle("absent", isAbsent);
   }
 
   refreshAll() {

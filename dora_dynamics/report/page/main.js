@@ -179,7 +179,7 @@ class Page {
     }
     for (const place of document.querySelectorAll("[data-fit]")) {
       const fit = model.fits[state.role][Number(place.dataset.fit)];
-      place.textContent = `${fit.r}; ${fit.rest}`;
+      place.textContent = [fit.r, fit.rest].filter(Boolean).join("; ");
     }
   }
 
