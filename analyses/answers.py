@@ -129,8 +129,8 @@ ENTRIES: Final = (
         "update_geometry", "LoRA's line is geometry",
         "Is LoRA's line what any update orthogonal to the weights gives?",
         findings.geometry,
-        "ΔM/m against ΔD on logarithmic axes: LoRA on the orthogonal curve, FT and DoRA above it; "
-        "the paper's LoRA points about the same curve, on linear axes; the radial share over "
+        "ΔM/m against ΔD of MiniLM's runs with decay, on logarithmic axes: LoRA on the orthogonal "
+        "curve, FT and DoRA above it; the paper's LoRA points about the same curve, on linear axes; the radial share over "
         "training (dotted: that of a random direction).",
         "python -m analyses.update_geometry --runs "
         + " ".join(stored.about("update_geometry")["runs"]),

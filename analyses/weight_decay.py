@@ -181,7 +181,7 @@ def _below_title(panel: Axes, words: str) -> None:
 
 def _error(points: pd.DataFrame, role: str) -> str:
     errors = points[points["role"] == role].groupby("method")["error"]
-    return "mean |error|, points: " + ", ".join(
+    return "mean |error|, % of m: " + ", ".join(
         f"{method} {100 * errors.get_group(method).abs().mean():.2f}" for method in METHODS
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,11 +13,8 @@ import torch
 from scipy import stats
 
 from analyses import (
-    _findings,
     adapter_zoo,
-    answers,
     decay_placement,
-    full_study,
     gradient_geometry,
     heads_and_norms,
     merge,
@@ -29,9 +26,6 @@ from analyses import (
     weight_decay,
 )
 from dora_dynamics.paper import published_points
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HELD_OUT = ["--held-out", "10"]
 
@@ -156,7 +150,7 @@ def test_adapter_zoo(small: list[str], tmp_path: Path) -> None:
 
 
 def test_the_zoo_has_every_method_that_changes_query_and_value() -> None:
-    support = pd.read_csv(answers.ROOT / "analyses/results/peft_support.csv")
+    support = pd.read_csv(Path(__file__).parents[2] / "analyses/results/peft_support.csv")
     measured = set(support.loc[support["read"].notna(), "type"])
     elsewhere = {"BEFT", "LN_TUNING", "TRAINABLE_TOKENS"}
     assert measured - elsewhere == {kind for kind, _ in adapter_zoo.ZOO.values()}
@@ -303,56 +297,3 @@ def test_noise_hides_spans() -> None:
     hidden = noisy == pretrain.MASK
     assert 0.2 < hidden.float().mean() < 0.3
     assert (noisy[~hidden] == 9).all()
-
-
-def test_the_full_setting_is_made_of_commands_that_exist(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    full_study.main(["--list", "--data", "D", "--minilm", "M"])
-    lines = capsys.readouterr().out.splitlines()
-    recipes = {line.split()[2].removeprefix("analyses.") for line in lines}
-    speed = {"observer_cost", "performance", "adapter_cost", "growth"}
-    assert recipes == {entry.name for entry in answers.ENTRIES} | {"pretrain"} | speed
-
-    def settings(line: str) -> frozenset[str]:
-        """A command without the places on a machine, which options may name in any order."""
-        words = re.sub(r"--(data|model|out|workers) \S+", "", line).split(" --")
-        return frozenset(word.strip() for word in words)
-
-    told = [entry.command for entry in answers.ENTRIES]
-    told += [command for entry in answers.ENTRIES for *_, command in entry.more]
-    assert {settings(command) for command in told} <= {settings(line) for line in lines}
-
-
-def test_without_decay_adam_is_counted_once() -> None:
-    found = _findings.signs()
-    without = found[found["decay"] == "no decay"]
-    assert not without.duplicated(["method", "role", "level", "pearson", "slope"]).any()
-    with_decay = found[found["decay"] != "no decay"]
-    assert set(with_decay["setting"]) - set(without["setting"]) == {"Adam, decay in the gradient"}
-
-
-def test_the_gallery_names_every_recipe_that_writes_results() -> None:
-    gallery = (answers.ROOT / "figures/README.md").read_text(encoding="utf-8")
-    writing = {
-        path.stem
-        for path in (answers.ROOT / "analyses").glob("[!_]*.py")
-        if re.search(
-            r"to_csv\(|tables\.write\(|write_(tables|about)\(", path.read_text(encoding="utf-8")
-        )
-    }
-    assert len(writing) > 20
-    assert not {name for name in writing if f"analyses.{name}" not in gallery}
-    pictures = {path.name for path in (answers.ROOT / "figures").glob("*.png")}
-    assert len(pictures) > 15
-    assert not {name for name in pictures if f"({name})" not in gallery}
-
-
-def test_the_answers_are_those_of_the_results() -> None:
-    assert (answers.ROOT / "analyses/README.md").read_text(encoding="utf-8") == answers.readme()
-    gallery = (answers.ROOT / "figures/README.md").read_text(encoding="utf-8")
-    assert answers.gallery(gallery) == gallery
-    assert all(
-        (answers.ROOT / "figures" / f"{entry.figure or entry.name}.png").exists()
-        for entry in answers.ENTRIES
-    )
