@@ -132,7 +132,6 @@ class TotalDecay:
 class _Sum:
     """Λ of tensors that have come equally far and are decayed by the same group."""
 
-    group: int
     total: float
     names: list[str]
 
@@ -147,7 +146,7 @@ class _Routine:
         frozen: those that do not.
         passed_over: of these, those that the optimizer has, and steps over.
         idle: those that could train, but have no gradient: another may train in their place.
-        sums: Λ of the tensors that it decays.
+        sums: Λ of the tensors that it decays, by group.
         names: these tensors.
     """
 
@@ -156,7 +155,7 @@ class _Routine:
     frozen: list[Tensor]
     passed_over: list[Tensor]
     idle: dict[str, Tensor]
-    sums: list[_Sum]
+    sums: dict[int, list[_Sum]]
     names: frozenset[str]
 
     def holds(self, optimizer: Optimizer, magnitudes: MagnitudeParameters) -> bool:
@@ -175,12 +174,14 @@ class _Routine:
 
     def add_step(self, optimizer: Optimizer) -> None:
         """Add what the optimizer's step has taken."""
-        for one in self.sums:
-            one.total += share_of(optimizer, optimizer.param_groups[one.group])
+        for group, sums in self.sums.items():
+            share = share_of(optimizer, optimizer.param_groups[group])
+            for one in sums:
+                one.total += share
 
     def add_to(self, totals: dict[str, float]) -> None:
         """Write down how far the tensors have come."""
-        for one in self.sums:
+        for one in chain(*self.sums.values()):
             totals.update(dict.fromkeys(one.names, one.total))
 
 
@@ -201,15 +202,15 @@ def _routine(
     totals: Mapping[str, float],
 ) -> _Routine:
     """What holds at this step of tensors whose Λ is known, until it is found not to hold."""
-    sums: dict[tuple[int, float], _Sum] = {}
+    sums: dict[int, dict[float, _Sum]] = {}
     trained, frozen, passed_over, idle = [], [], [], {}
     for name, parameter in parameters.items():
         total = totals[name]
         if parameter is None or total != total:
             continue
         if name in decayed:
-            group = decayed[name]
-            sums.setdefault((group, total), _Sum(group, total, [])).names.append(name)
+            equal = sums.setdefault(decayed[name], {})
+            equal.setdefault(total, _Sum(total, [])).names.append(name)
         has_gradient = parameter.grad is not None
         if has_gradient:
             trained.append(parameter)
@@ -225,6 +226,6 @@ def _routine(
         frozen=frozen,
         passed_over=passed_over,
         idle=idle,
-        sums=list(sums.values()),
-        names=frozenset(name for one in sums.values() for name in one.names),
+        sums={group: list(equal.values()) for group, equal in sums.items()},
+        names=frozenset(n for equal in sums.values() for one in equal.values() for n in one.names),
     )

@@ -102,7 +102,7 @@ def is_inner_step(optimizer: Optimizer) -> bool:
     A subclass's step may call `super().step()`, and torch calls the hooks of both, once it has seen
     an optimizer of the class above.
     """
-    for above in type(optimizer).__mro__[1:]:
+    for above in type(optimizer).__mro__[1:-2]:  # below torch's Optimizer
         if getattr(getattr(above, "step", None), "hooked", False):
             break
     else:

@@ -115,19 +115,23 @@ def _hooked(
 ) -> list[RemovableHandle]:
     """The hooks of one optimizer; a compiler leaves them as they are where it compiles the step."""
     is_captured = False  # the step that is being made
+    inner = 0  # steps that it has called and that are being made
 
     def before(optimizer: Optimizer, *_: object) -> None:
-        nonlocal is_captured
+        nonlocal is_captured, inner
         if is_inner_step(optimizer):
+            inner += 1
             return
+        inner = 0
         is_captured = is_being_captured()
         if not is_captured:
             before_step(optimizer)
 
     def after(optimizer: Optimizer, *_: object) -> None:
-        if is_inner_step(optimizer):
-            return
-        if is_captured:
+        nonlocal inner
+        if inner:
+            inner -= 1
+        elif is_captured:
             when_captured()
         elif not was_skipped(optimizer):
             after_step(optimizer)
