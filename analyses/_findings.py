@@ -47,7 +47,8 @@ def reproduced() -> str:
     return "\n".join(
         [
             "For each sign of the paper's claim, with the paper's total weight decay, r of ΔD and "
-            "ΔM with its 95% interval over layers and seeds (ρ and slopes are in the result files):",
+            "ΔM with its 95% interval over layers and seeds (ρ and slopes are in the result files). A "
+            "verdict is that of one interval, with no correction for their number:",
             "",
             *lines,
             "",

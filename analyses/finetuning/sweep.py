@@ -237,6 +237,9 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> Sweep
     done: list[dict[str, Any]] = []
     if options.resume:
         done = [outcome for job in jobs if (outcome := _scored(job, folder))]
+    else:  # so that, if this is interrupted, no run of before is taken for one of now
+        for job in jobs:
+            (folder / job.name / _OUTCOME).unlink(missing_ok=True)
     names = {outcome["job"] for outcome in done}
     left = [job for job in jobs if job.name not in names]
     workers = options.workers or (WORKERS_PER_GPU * _gpus() if device.type == "cuda" else 1)
@@ -366,7 +369,9 @@ def _outcome(base: PairModel, task: Task, job: Job, folder: Path) -> dict[str, A
         return about | {"error": f"{type(error).__name__}: {error}"[:300]}
     found = asdict(tuned.score) | {"trained_parameters": tuned.trained_parameters}
     about |= found | {"seconds": round(perf_counter() - start, 1)}
-    (folder / job.name / _OUTCOME).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    unfinished = folder / job.name / f"{_OUTCOME}.unfinished"
+    unfinished.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    unfinished.replace(folder / job.name / _OUTCOME)
     return about
 
 

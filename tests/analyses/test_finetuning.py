@@ -188,8 +188,12 @@ def test_a_run_that_fails_leaves_no_outcome_of_the_one_it_replaces(tmp_path: Pat
     assert not old.exists()
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_sweep_over_processes_is_a_sweep_in_one(
-    some_pairs: list[Pair], tokenizer: Any, tmp_path: Path
+    some_pairs: list[Pair], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = tmp_path / "model", tmp_path / "pairs.jsonl"
     tiny("encoder").save_pretrained(model)
@@ -254,6 +258,10 @@ def test_a_sweep_over_processes_is_a_sweep_in_one(
     pairs.write(some_pairs[:-1], data)
     with pytest.raises(SystemExit, match="started from another data: give what they started from"):
         sweep.run_or_read(parser.parse_args([*common, *out, "--resume"]), jobs)
+    monkeypatch.setattr(sweep, "_outcome", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_or_read(parser.parse_args([*common, *out]), jobs)
+    assert not list((tmp_path / "with-1/runs/sweep").glob("*/outcome.json"))  # of other data
 
     measures = ["method", "total", "seed", "step", "site"]
     assert tables[1][measures].equals(tables[2][measures])
