@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.lines import Line2D
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.patches import Patch
 
 from analyses import _drawing as drawing
 from analyses import _tables
@@ -61,22 +60,21 @@ TARGETS: Final = {
     ("4096×4096, bf16", "numba"): 0.4,
 }
 """The fraction of bandwidth that a way is to reach, by case and way."""
-_FAST: Final = {"color": "#0072B2", "marker": "o"}
-_LOW_RANK: Final = {"color": "#D55E00", "marker": "D"}
-_HOLLOW: Final = {"markerfacecolor": "white"}
+_FAST: Final = {"facecolor": "#0072B2", "edgecolor": "#0072B2"}
+_LOW_RANK: Final = {"facecolor": "#D55E00", "edgecolor": "#D55E00"}
+_HOLLOW: Final = {"facecolor": "white"}
 LOOKS: Final[dict[str, dict[str, Any]]] = {
-    "naive": {"color": "#999999", "marker": "x"},
-    "naive, float64": {"color": "#999999", "marker": "+"},
-    "built, then triton": {"color": "#009E73", "marker": "v"},
-    "numpy blocks": {"color": "#56B4E9", "marker": "s"},
+    "naive": {"facecolor": "#999999", "edgecolor": "#999999"},
+    "naive, float64": {"facecolor": "white", "edgecolor": "#999999"},
+    "built, then triton": {"facecolor": "#009E73", "edgecolor": "#009E73"},
+    "numpy blocks": {"facecolor": "#56B4E9", "edgecolor": "#56B4E9"},
     "numba": _FAST,
     "triton": _FAST,
     "triton, to host": _FAST | _HOLLOW,
     "low rank": _LOW_RANK,
     "low rank, to host": _LOW_RANK | _HOLLOW,
 }
-"""How each way is drawn."""
-_POINT: Final[dict[str, Any]] = {"linestyle": "none", "markersize": 5}
+"""How the bar of each way is drawn."""
 BESIDE: Final = ("axes fraction", "data")
 
 
@@ -152,43 +150,51 @@ def measure(case: Case, device: str, rounds: int, limit: float) -> pd.DataFrame:
 
 
 def draw(tables: Sequence[pd.DataFrame]) -> Figure:
-    """One panel per machine, a line per case: the fraction of bandwidth of each way."""
-    cases_of = [list(dict.fromkeys(table["case"])) for table in tables]
-    lines = [len(names) for names in cases_of]
-    height = 1.2 + 0.3 * len(tables) + 0.17 * sum(lines)
-    looks: dict[str, Any] = {"sharex": True, "height_ratios": lines}
+    """One panel per machine, bars side by side per case: the fraction of bandwidth of each way."""
+    tables = [in_order(table) for table in tables]
+    lengths = [float(table["at"].max()) + 2 for table in tables]
+    height = 1.2 + 0.3 * len(tables) + 0.07 * sum(lengths)
+    looks: dict[str, Any] = {"sharex": True, "height_ratios": lengths}
     with drawing.panels(len(tables), 1, height=height, **looks) as (figure, axes):
-        for panel, table, names in zip(axes[:, 0], tables, cases_of, strict=True):
-            for path, look in LOOKS.items():
-                mine = table[table["path"] == path]
-                at = mine["case"].map(names.index)
-                panel.plot(mine["fraction"], at, **_POINT, **look)
-                asked = {"color": look["color"], "markersize": 11, "markeredgewidth": 2}
-                panel.plot(mine["target"], at, "|", zorder=1, **asked)
-            ours = table[~table["path"].str.startswith("naive")]
-            best = ours.loc[ours.groupby("case")["fraction"].idxmax()].set_index("case")
-            for line, case in enumerate(names):
-                fraction, times = best.loc[case, ["fraction", "times_naive_float64"]]
-                said = f"{fraction:.2f}, {times:.0f}×"
-                panel.annotate(said, (1.02, line), xycoords=BESIDE, va="center")
-            panel.annotate("best way", (1.02, -1.1), xycoords=BESIDE, va="center")
-            panel.set_yticks(range(len(names)), names)
+        for panel, table, length in zip(axes[:, 0], tables, lengths, strict=True):
+            for path, mine in table.groupby("path"):
+                at, fraction = mine["at"], mine["fraction"]
+                panel.barh(at, fraction, height=0.8, linewidth=0.7, **LOOKS[str(path)])
+                panel.errorbar(
+                    fraction, at, xerr=fraction * mine["spread"], fmt="none",
+                    ecolor="#333333", elinewidth=0.7,
+                )  # fmt: skip
+                panel.vlines(mine["target"], at - 0.7, at + 0.7, color="black", linewidth=1.4)
+            for _, ways in table.groupby("case", sort=False):
+                ours = ways[~ways["path"].str.startswith("naive")]
+                best = ours.sort_values("fraction").iloc[-1]
+                said = f"{best['fraction']:.2f}, {best['times_naive_float64']:.0f}×"
+                panel.annotate(said, (1.02, ways["at"].mean()), xycoords=BESIDE, va="center")
+            panel.annotate("best way", (1.02, -2.5), xycoords=BESIDE, va="center")
+            middles = table.groupby("case", sort=False)["at"].mean()
+            panel.set_yticks(middles, middles.index)
+            panel.tick_params(axis="y", length=0)
+            panel.grid(visible=False, axis="y")
             panel.axvline(1, color="#333333", linewidth=0.8, linestyle=":", zorder=1)
-            panel.set(xscale="log", ylim=(len(names) - 0.4, -0.6))
+            panel.set(xlim=(0, None), ylim=(length - 1, -1))
             panel.set_title(table["machine"].iloc[0], loc="left")
-        axes[-1, 0].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes[-1, 0].set_xlabel(
-            "fraction of measured bandwidth (a bar: what is asked of the way of that colour)\n"
+            "fraction of measured bandwidth (black: what is asked for; thin: half the "
+            "interquartile range)\n"
             "best way: its fraction, and how many times faster it is than naive in float64"
         )
         seen = {path for table in tables for path in table["path"]}
-        handles = [
-            Line2D([], [], label=path, **_POINT, **look)
-            for path, look in LOOKS.items()
-            if path in seen
-        ]
+        handles = [Patch(label=path, **look) for path, look in LOOKS.items() if path in seen]
         figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure
+
+
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows as they are drawn, and where: case by case, its ways side by side."""
+    case = table["case"].map({name: i for i, name in enumerate(dict.fromkeys(table["case"]))})
+    path = table["path"].map(list(LOOKS).index)
+    sorted_ = table.assign(case_at=case, path_at=path).sort_values(["case_at", "path_at"])
+    return sorted_.assign(at=np.arange(len(sorted_)) + sorted_["case_at"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
