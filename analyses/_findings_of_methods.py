@@ -151,9 +151,10 @@ def _held_against(name: str) -> str:
         points = with_interval(
             100 * every[["difference", "low", "high"]], "difference", "low", "high"
         )
+        first, last = (rows.sort_values("dora_rank").iloc[end] for end in (0, -1))
         parts.append(
-            f"{points} from LoRA of {words} (below it at "
-            f"{int((rows['difference'].round(4) < 0).sum())} of {len(rows)} ranks)"
+            f"{points} from LoRA of {words} ({number(100 * first['difference'])} at rank "
+            f"{first['dora_rank']:.0f}, {number(100 * last['difference'])} at {last['dora_rank']:.0f})"
         )
     return f"DoRA's score differs by {' and by '.join(parts)}"
 

@@ -141,7 +141,8 @@ ENTRIES: Final = (
         "do scenarios S1 and S2 of Sec. 4.2 happen?",
         findings.gradients,
         "Four panels: errors of the equations near machine precision; share of the gradient along "
-        "the weight; gain in participation ratio; r of the magnitude's gradient with ΔD.",
+        "the weight; gain in participation ratio, below 0.5% either way; r of the magnitude's gradient with ΔD, near "
+        "−1 for steps of one length and above 0 for steps as they are.",
         "python -m analyses.gradient_geometry --batches 64",
     ),
     Entry(
@@ -181,8 +182,9 @@ ENTRIES: Final = (
         "rank", "Rank and capacity",
         "Score, coupling and the directions that are really used, against rank.",
         of_methods.ranks,
-        "Score against rank for LoRA and DoRA beside the paper's Table 15; coupling and effective "
-        "rank against rank.",
+        "Score against rank: LoRA's lies above DoRA's, up to rank 64, where in the paper's Table 15 "
+        "beside it DoRA's does. r against rank, level, of wide intervals; effective rank against rank: "
+        "DoRA's level at FT's, LoRA's rising below its rank.",
         RANK,
         stored.there("rank", "rank_no_decay"),
         more=tuple(
