@@ -239,7 +239,8 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
                 f"{100 * row['share']:.1f}% ({row['cost_ms']:.1f} of {row['step_ms']:.0f} ms), "
                 f"every 100th {100 * row['share_every_100']:.2g}%, {memory}"
                 + (" →" if bar == SHOWN else ""),
-                *((bar if inside else max(x, 0), y), (-6 if inside else 6, 0)),
+                (min(bar, 100 * row["share_low"]) if inside else max(x, 0), y),
+                (-6 if inside else 6, 0),
                 textcoords="offset points", va="center", fontsize=7,
                 ha="right" if inside else "left", color="white" if inside else "black",
             )  # fmt: skip

@@ -65,19 +65,28 @@ def kernels(results: Path) -> str:
         for row in records(narrow[narrow["times_naive"] < 1])
     ]
     in_full = ours[ours["path"] == "triton, to host"].set_index(["device", "case"])
-    to_host = in_full["times_naive_float64"].map(ratio)
+    beside = in_full["times_naive_float64"].map(ratio)
     rows = [
         [
             *(row["device"], row["case"], row["path"], f"{row['fraction']:.2f}"),
             "" if pd.isna(row["target"]) else f"{row['target']:.2f}",
             *(ratio(row["times_naive"]), ratio(row["times_naive_float64"])),
-            to_host.get((row["device"], row["case"]), ""),
+            beside.get((row["device"], row["case"]), ""),
         ]
         for row in records(pd.concat([chosen, narrow]).sort_index())
     ]
     heads = ["device", "weights", "path", "of bandwidth", "asked for", "× naive"]
     heads += ["× naive in float64", "the same, to host"]
-    return "\n\n".join([title, markdown(heads, rows), misses(missed)])
+    slower = [
+        f"{row['case']} on {row['device']} ({row['times_naive_float64']:.0f})"
+        for row in records(ours[(ours["case"] == WHOLE) & (ours["path"] == "triton, to host")])
+        if row["times_naive_float64"] < OVER_FLOAT64
+    ]
+    said = (
+        f"Asked for, by a GPU's own time: these fractions; of the whole model {OVER_FLOAT64:.0f} "
+    )
+    said += "times naive in float64; on a CPU never slower than naive. "
+    return "\n\n".join([title, markdown(heads, rows), said + misses(missed) + to_host(slower)])
 
 
 def low_rank(results: Path) -> str:
@@ -86,28 +95,33 @@ def low_rank(results: Path) -> str:
     table = stored("performance", results)
     if table.empty or not (table["path"] == "low rank").any():
         return missing(title)
-    rows, missed = [], []
+    rows, missed, slower = [], list[str](), list[str]()
     for (device, case), group in groups(table[table["rank"] > 0], "device", "case"):
         ways = {row["path"]: row for row in group}
         found = ways["low rank"]
         names = ["built, then triton", "naive", "naive, float64"]
         times = {n: ways[n]["median_ms"] / found["median_ms"] for n in names if n in ways}
         fastest = min(times.values())
-        if fastest < OVER_BUILT and case.startswith(WHOLE) and not device.startswith("CPU"):
-            missed.append(f"{case} on {device} ({fastest:.1f})")
+        in_full = ways.get("low rank, to host")
+        to_end = fastest * found["median_ms"] / in_full["median_ms"] if in_full else None
+        if case.startswith(WHOLE) and not device.startswith("CPU"):
+            if fastest < OVER_BUILT:
+                missed.append(f"{case} on {device} ({fastest:.1f})")
+            if to_end is not None and to_end < OVER_BUILT:
+                slower.append(f"{case} on {device} ({to_end:.1f})")
         built = min(ways[name]["extra_mb"] for name in times)
         if found["extra_mb"] > built:
             missed.append(f"{case} on {device} (more memory)")
         memory = ["" if pd.isna(mb) else f"{mb:.0f}" for mb in (found["extra_mb"], built)]
-        in_full = ways.get("low rank, to host")
-        to_host = ratio(fastest * found["median_ms"] / in_full["median_ms"]) if in_full else ""
         beside = [ratio(times[n]) if n in times else "" for n in names]
-        rows.append([device, case, *beside, to_host, *memory])
+        rows.append([device, case, *beside, "" if to_end is None else ratio(to_end), *memory])
     heads = ["device", "weights", "× built, our kernel", "× built, naive"]
     heads += ["× built, naive in float64", "the least, to host", "MB more", "MB more, built"]
-    said = f"Asked for: of the whole model on a GPU {OVER_BUILT:.0f} times the fastest way that "
-    said += "builds W'; and everywhere less memory. "
-    return "\n\n".join([title, markdown(heads, rows), said + misses(missed)])
+    said = (
+        f"Asked for: of the whole model, by a GPU's own time, {OVER_BUILT:.0f} times the fastest "
+    )
+    said += "way that builds W'; and everywhere less memory. "
+    return "\n\n".join([title, markdown(heads, rows), said + misses(missed) + to_host(slower)])
 
 
 def observer(results: Path) -> str:
@@ -271,6 +285,11 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def to_host(slower: Sequence[str]) -> str:
+    """What would miss it if the host's work were counted, in a sentence."""
+    return f" To host it is less than that for {'; '.join(slower)}." if slower else ""
 
 
 def misses(missed: Sequence[str]) -> str:

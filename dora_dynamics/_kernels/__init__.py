@@ -7,7 +7,8 @@ is one file a path; all give the same numbers:
 - `blocks`: CPU, numpy over cache-sized blocks; the core install.
 - `numba_path`: CPU, compiled; with the extra `fast`.
 - `triton_path`: NVIDIA and AMD GPUs, all weights in one launch; wherever torch ships Triton.
-- `sums.exact_tensors`: plain torch in float64, any other device; the definition.
+- `sums.exact_tensors`: plain torch in float64, any other device that has it; the definition. What
+  `torch.compile` makes for a GPU is Triton: where that is missing it is no help.
 - `low_rank`: LoRA and DoRA from their factors, on any device; `triton_low_rank` on GPUs, planned by
   `triton_low_rank_plan`, fed by `triton_gather`, and `triton_low_rank_again` where float32 was too
   little.
