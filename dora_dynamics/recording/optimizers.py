@@ -107,8 +107,7 @@ def is_inner_step(optimizer: Optimizer) -> bool:
             break
     else:
         return False
-    step: Any = type(optimizer).step
-    code = step.__code__  # torch's, around every class's step
+    code = getattr(type(optimizer).step, "__code__", None)  # torch's, around every class's step
     frame: FrameType | None = sys._getframe(1)
     found = 0
     while frame is not None and found < 2:
