@@ -187,6 +187,7 @@ def label_outer(drawn: Sequence[Panel], x_label: str, y_label: str) -> None:
         place = panel.place
         if place is None or place[0] == lowest[place[1]]:
             panel.axes.set_xlabel(x_label)
-        panel.axes.xaxis.get_offset_text().set_horizontalalignment("left")
+        # Behind the last tick's label and not below it, where the x label of a wide panel ends.
+        panel.axes.xaxis.get_offset_text().set(x=1.05, ha="left", va="bottom")
         if place is None or place[1] == first[place[0]]:
             panel.axes.set_ylabel(y_label)

@@ -159,8 +159,13 @@ def layer_colours(layers: Sequence[int]) -> dict[int, str]:
 
 
 def signed_number(value: float, digits: int = 2) -> str:
-    """A number with its sign, a true minus, e.g. ``−0.31``; large or tiny ones as ``+1.2e−05``."""
+    """A number with its sign, a true minus, e.g. ``−0.31``; large or tiny ones as ``+1.2e−05``.
+
+    From 100 on it has no decimals.
+    """
     plain = value == 0 or 1e-2 <= abs(value) < 1e4
+    if plain and abs(value) >= 100:
+        digits = 0
     return f"{value:+.{digits}{'f' if plain else 'e'}}".replace("-", "−")
 
 

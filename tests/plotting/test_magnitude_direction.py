@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.collections import Collection
     from matplotlib.legend import Legend
     from matplotlib.path import Path
+
+    from dora_dynamics.plotting._style import StyleName
 
 
 def panels(figure: Figure) -> list[Axes]:
@@ -212,6 +215,24 @@ def places(figure: Figure) -> dict[str, tuple[int, int]]:
         assert spec is not None
         found[axes.get_title()] = (spec.rowspan.start, spec.colspan.start)
     return found
+
+
+@pytest.mark.parametrize("style", ["paper", "slide"])
+def test_the_power_of_ten_is_apart_from_ticks_and_label(style: StyleName) -> None:
+    table = trajectory(roles=["query", "value"])
+    table["delta_direction"] *= 1e-6
+    figure = magnitude_direction(table, style=style)
+    figure.savefig(io.BytesIO())
+    for axes in panels(figure):
+        power = axes.xaxis.get_offset_text()
+        assert "10" in power.get_text()
+        others = [*axes.get_xticklabels(), axes.xaxis.label]
+        low, high = axes.get_xlim()
+        shown = [
+            text for text in others if text.get_text() and low <= text.get_position()[0] <= high
+        ]
+        box = power.get_window_extent()
+        assert not any(box.overlaps(text.get_window_extent()) for text in shown)
 
 
 def test_a_method_without_a_role_has_a_gap_for_a_panel() -> None:

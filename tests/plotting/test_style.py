@@ -50,10 +50,11 @@ def test_few_layers_are_qualitative_and_many_come_from_a_map() -> None:
 
 
 def test_numbers_have_a_sign_and_a_true_minus() -> None:
-    assert [signed_number(value) for value in (-0.305, 0.0, 12.0, -2e-5, 3e7)] == [
+    assert [signed_number(value) for value in (-0.305, 0.0, 12.0, -1141.12, -2e-5, 3e7)] == [
         "−0.30",
         "+0.00",
         "+12.00",
+        "−1141",
         "−2.00e−05",
         "+3.00e+07",
     ]

@@ -35,6 +35,14 @@ def test_labels_and_legends() -> None:
     assert names == {"layer": list("012345"), "stack": ["encoder", "decoder"]}
 
 
+def test_steps_are_whole_numbers() -> None:
+    table = trajectory(["FT"], stacks=[""])
+    table["step"] = 10 * table["step"] // table["step"].max()
+    (axes,) = trajectories(table, "delta_direction").axes
+    assert len(axes.get_xticks()) > 1
+    assert (axes.get_xticks() % 1 == 0).all()
+
+
 def test_a_gap_where_a_value_is_missing_and_a_line_per_run_and_head() -> None:
     table = trajectory(["FT"], layers=2, runs=2, stacks=[""])
     table = pd.concat([table.assign(head=head) for head in (0, 1)], ignore_index=True)
