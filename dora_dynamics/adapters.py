@@ -279,7 +279,18 @@ def _apply(
 
 
 def adapter_of(module: nn.Module) -> LoRA | None:
-    """The LoRA or DoRA that alone parametrizes the module's weight, or None."""
+    """The LoRA or DoRA that alone parametrizes the module's weight, or None.
+
+    None also for a subclass with a forward of its own: its weight is not what the factors say.
+    """
+    alone = _alone_on_weight(module)
+    if alone is None or type(alone).forward not in (LoRA.forward, DoRA.forward):
+        return None
+    return alone
+
+
+def _alone_on_weight(module: nn.Module) -> LoRA | None:
+    """The LoRA or DoRA, or one derived from them, that alone parametrizes a module's weight."""
     stack = _parametrizations_of_weight(module)
     if stack is None or len(stack._modules) != 1:
         return None
@@ -315,8 +326,8 @@ def merge(model: nn.Module) -> nn.Module:
         InputError: the model carries no adapter of this package, or one that shares its weight
             with another parametrization; nothing is merged then.
     """
-    adapted = [module for module in model.modules() if adapter_of(module) is not None]
-    alone = {id(adapter_of(module)) for module in adapted}
+    adapted = [module for module in model.modules() if _alone_on_weight(module) is not None]
+    alone = {id(_alone_on_weight(module)) for module in adapted}
     if any(isinstance(module, LoRA) and id(module) not in alone for module in model.modules()):
         raise InputError(
             "a weight carries another parametrization beside its LoRA or DoRA: remove that first "

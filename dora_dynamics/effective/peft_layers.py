@@ -143,7 +143,7 @@ def method_name(module: nn.Module) -> str:
 
 def magnitude_vector(layer: nn.Module) -> Tensor | None:
     """DoRA's m, which weight decay shrinks; None where the layer has none, or several."""
-    vectors = getattr(layer, "lora_magnitude_vector", {})
+    vectors = getattr(layer, "lora_magnitude_vector", {}) if package_of(layer) else {}
     held = [vectors[adapter].weight for adapter in active_adapters(layer) if adapter in vectors]
     return cast("Tensor", held[0]) if len(held) == 1 else None
 
@@ -250,8 +250,22 @@ def _layer_below(module: nn.Module) -> object:
 
 
 def package_of(module: nn.Module) -> str:
-    """The package in `peft.tuners` that the layer comes from, empty where it is none of those."""
-    return next((p for cls in type(module).__mro__ if (p := _package_of_class(cls))), "")
+    """The package in `peft.tuners` that the layer comes from, empty where it is none of those.
+
+    Empty also for a subclass with a forward of its own, as PEFT's custom modules have: it may do
+    anything with the matrices that it inherits.
+    """
+    kind: Any = type(module)
+    if _brings_its_forward(kind):
+        return ""
+    return next((p for cls in kind.__mro__ if (p := _package_of_class(cls))), "")
+
+
+@lru_cache(maxsize=1024)
+def _brings_its_forward(kind: Any) -> bool:
+    """Whether the forward of a class is not one of PEFT's."""
+    origin = next((cls.__module__ for cls in kind.__mro__ if "forward" in vars(cls)), "")
+    return origin.partition(".")[0] != "peft"
 
 
 @lru_cache(maxsize=1024)

@@ -32,6 +32,8 @@ from dora_dynamics.effective.weights import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 _KNOWN: Final = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -113,8 +115,7 @@ def read_dense(module: nn.Module, parameter: str, *, probe: bool) -> Dense:
     module = peft_layers.resolved(module)
     function = registered_function(module)
     if function is not None and parameter == "weight":
-        with torch.no_grad():
-            return Dense(function(module).detach())
+        return _registered(function, module)
     if peft_layers.is_tuner_layer(module):
         found = tuner_weight(module, parameter, probe=probe)
         return found if isinstance(found, Dense) else Dense(_expanded(found, module))
@@ -216,6 +217,28 @@ def method_of(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module) or not _is_plain(module):
         return None
     return "FT"
+
+
+def _registered(function: Callable[[nn.Module], Tensor], module: nn.Module) -> Dense:
+    """What a user's function says, where that can be the weight of the layer."""
+    with torch.no_grad():
+        weight: object = function(module)
+    kind = type(module).__name__
+    if not isinstance(weight, torch.Tensor):
+        raise NoDenseWeightError(
+            f"the function registered for {kind} returns a {type(weight).__name__}: it has to "
+            "return the weight, as a tensor."
+        )
+    try:
+        _, shape = _leaf_of(module)
+    except NoDenseWeightError:
+        return Dense(weight.detach())
+    if weight.shape != shape:
+        raise NoDenseWeightError(
+            f"the function registered for {kind} returns a tensor of shape {tuple(weight.shape)}: "
+            f"the weight of the layer has {tuple(shape)}."
+        )
+    return Dense(weight.detach())
 
 
 def _expanded(effective: LowRank, layer: nn.Module) -> Tensor:

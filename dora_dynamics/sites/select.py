@@ -70,7 +70,10 @@ def find_sites(
     weights = with_names(list_weights(model), tensor_names(model))
     if granularity == "module":
         weights = [Weight((as_module,)) for weight in weights if (as_module := _as_module(weight))]
-    return select(weights, targets, granularity)
+    try:
+        return select(weights, targets, granularity)
+    except NoSiteMatchesError as error:
+        raise NoSiteMatchesError(f"{error}{_about_modules(model, targets)}") from None
 
 
 def select_tensors(
@@ -188,6 +191,24 @@ def _matches(site: Site, target: Target) -> bool:
     if isinstance(target, re.Pattern):
         return any(target.search(path) for path in paths)
     return any(path.endswith("." + target) or fnmatchcase(path, target) for path in paths)
+
+
+def _about_modules(model: nn.Module, targets: Sequence[Target]) -> str:
+    """What to do where a target names a module that is no layer, as an adapter of a user's own."""
+    named = [
+        (path, type(module).__name__)
+        for path, module in model.named_modules()
+        for target in targets
+        if isinstance(target, str) and f".{path}".endswith(f".{target}")
+    ]
+    if not named:
+        return ""
+    path, kind = named[0]
+    return (
+        f" {path} is a {kind}: if that adapts one layer, have it hold the layer as `base_layer`, "
+        "or give it in_features and out_features and say how its weight is read with "
+        "dora_dynamics.register_effective_weight."
+    )
 
 
 def _list_available(weights: Iterable[Weight]) -> str:

@@ -6,12 +6,15 @@ import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
 import dora_dynamics as dd
+from dora_dynamics.adapters import LoRA
 from dora_dynamics.effective import (
     NoDenseWeightError,
     dense_weight,
@@ -314,3 +317,77 @@ def test_a_plain_layer_is_not_copied() -> None:
     layer = nn.Linear(6, 9)
     assert dense_weight(layer).data_ptr() == layer.weight.data_ptr()
     assert stored_parameter(layer) is layer.weight
+
+
+class InputGain(nn.Module, LoraLayer):
+    """A custom module of PEFT's LoRA: its matrices, and a gain for each input."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, options["r"], options["lora_alpha"], options["config"])
+        self.gain = nn.Parameter(torch.rand(7) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (name,) = self.active_adapters
+        update: torch.Tensor = self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
+        y: torch.Tensor = self.base_layer(self.gain * x)
+        return y + update
+
+
+class GainedLoRA(LoRA):
+    """LoRA of this package, and a gain for each input."""
+
+    def __init__(self, weight: torch.Tensor, **options: Any) -> None:
+        super().__init__(weight, **options)
+        self.gain = nn.Parameter(torch.rand(weight.shape[1]) + 0.5)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return super().forward(weight) * self.gain
+
+
+class TestDerivedFromKnownAdapters:
+    def test_custom_module_of_peft_is_read_by_what_it_does(self) -> None:
+        config = peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
+        config._register_custom_module({nn.Linear: InputGain})
+        model: Any = peft.get_peft_model(nn.Sequential(nn.Linear(7, 5)), config)
+        layer = model.base_model.model[0]
+        x = torch.randn(4, 7)
+        applied = layer(x) - layer.base_layer.bias
+        torch.testing.assert_close(x @ dense_weight(layer).to(x).T, applied)
+        assert method_of(layer) == "InputGain"
+        recorder = dd.Recorder(model, ["0"])
+        recorder.record()
+        with torch.no_grad():
+            expected = layer.base_layer.weight * layer.gain
+            expected += layer.scaling["default"] * (
+                layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            )
+            change = expected.norm(dim=1) - layer.base_layer.weight.norm(dim=1)
+        measured = recorder.trajectory["delta_magnitude"].item()
+        assert measured == pytest.approx(change.abs().mean().item(), rel=1e-5)
+
+    def test_derived_from_this_packages_lora(self) -> None:
+        layer = nn.Linear(7, 5)
+        lora = GainedLoRA(layer.weight, rank=2, alpha=2)
+        nn.init.normal_(lora.lora_B)
+        parametrize.register_parametrization(layer, "weight", lora)
+        torch.testing.assert_close(dense_weight(layer), layer.weight.detach())
+        assert method_of(layer) is None
+        expected = layer.weight.detach().clone()
+        torch.testing.assert_close(dd.merge(layer).weight, nn.Parameter(expected))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda module: module.base_layer.weight.T, r"shape \(7, 5\): .* has \(5, 7\)"),
+        (lambda _: 3.0, "returns a float: it has to return the weight"),
+    ],
+)
+def test_function_that_returns_no_weight(function: Callable[[nn.Module], Any], said: str) -> None:
+    layer = Rotated(nn.Linear(7, 5))
+    dd.register_effective_weight(Rotated, function)
+    with pytest.raises(NoDenseWeightError, match=said):
+        dense_weight(layer)

@@ -79,6 +79,8 @@ class TestTargets:
     def test_message_lists_what_there_is(self, tiny_transformer: Build) -> None:
         with pytest.raises(NoSiteMatchesError, match=r"'kwery'.*'query' \(2, such as layers.0"):
             find_sites(tiny_transformer(), ["kwery"], "matrix")
+        with pytest.raises(NoSiteMatchesError, match=r"layers\.0 is a \w+: .* as `base_layer`"):
+            find_sites(tiny_transformer(), ["layers.0"])
         with pytest.raises(NoSiteMatchesError, match="targets is empty"):
             find_sites(tiny_transformer(), [])
         with pytest.raises(NoSiteMatchesError, match="no linear layers"):
