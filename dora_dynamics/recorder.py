@@ -305,7 +305,8 @@ class Recorder:
         missed = self._resumed is not None and self._wanted(self.step)  # killed before it had rows
         if self.last_recorded is None or missed:
             self.record()
-        self._watch.begin(watched, self._before_step, self._after_step, self._when_captured)
+        before_step = self._before_step if self._baseline.is_watchful else None
+        self._watch.begin(watched, before_step, self._after_step, self._when_captured)
 
     def _check_baseline(self) -> None:
         """Where a run is resumed: whether W_0 is still what it was, also after the loading."""

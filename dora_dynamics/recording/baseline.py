@@ -194,6 +194,11 @@ class Baselines:
         for name in self._shared:
             self._share(name, self.weights[name])
 
+    @property
+    def is_watchful(self) -> bool:
+        """Whether `before_step` has anything to look at."""
+        return bool(self._shared)
+
     def before_step(self, optimizer: Optimizer) -> None:
         """Copy each W_0 that is the live parameter, frozen until now, before it trains."""
         for name in self._shared.about_to_train(optimizer):

@@ -96,14 +96,26 @@ def was_skipped(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def is_inner_step(optimizer: Optimizer) -> bool:
+def classes_with_steps(optimizer: Optimizer) -> list[type[Optimizer]]:
+    """The classes above an optimizer's own that have a step, which its own may call."""
+    above = type(optimizer).__mro__[1:]
+    return [
+        c for c in above if issubclass(c, Optimizer) and c is not Optimizer and "step" in vars(c)
+    ]
+
+
+def is_inner_step(optimizer: Optimizer, above: Sequence[type[Optimizer]]) -> bool:
     """Whether the step that calls a hook was itself called by a step of the same optimizer.
 
     A subclass's step may call `super().step()`, and torch calls the hooks of both, once it has seen
     an optimizer of the class above.
+
+    Args:
+        optimizer: whose step calls the hook.
+        above: `classes_with_steps` of it.
     """
-    for above in type(optimizer).__mro__[1:-2]:  # below torch's Optimizer
-        if getattr(getattr(above, "step", None), "hooked", False):
+    for one in above:
+        if getattr(one.step, "hooked", False):
             break
     else:
         return False

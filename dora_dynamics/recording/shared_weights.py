@@ -35,6 +35,9 @@ class SharedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._weights
 
+    def __len__(self) -> int:
+        return len(self._weights)
+
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._weights))
 
@@ -60,8 +63,6 @@ class SharedWeights:
         is one; that is looked at where the optimizer has other parameters than before, or theirs
         are elsewhere.
         """
-        if not self._weights:
-            return []
         found = []
         if not are_frozen(self._weights.values()):
             found = [name for name, weight in self._weights.items() if not is_frozen(weight)]

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_dynamics.recording.decay import TotalDecay
-from dora_dynamics.recording.optimizers import is_inner_step, trains_any, was_skipped
+from dora_dynamics.recording.optimizers import (
+    classes_with_steps,
+    is_inner_step,
+    trains_any,
+    was_skipped,
+)
 from dora_dynamics.recording.troubles import warn_user
 
 if TYPE_CHECKING:
@@ -66,11 +71,13 @@ class Watch:
     def begin(
         self,
         optimizers: Sequence[Optimizer],
-        before_step: Callable[[Optimizer], None],
+        before_step: Callable[[Optimizer], None] | None,
         after_step: Callable[[Optimizer], None],
         when_captured: Callable[[], None],
     ) -> None:
         """Call these before every step of the optimizers, and after every step that was made.
+
+        A step that an optimizer's own step calls is a part of it: `before_step` may come again.
 
         A step that is captured in a CUDA graph is not made, and nothing may be read meanwhile; when
         it is replayed, nothing is called, so that Λ is not known.
@@ -109,38 +116,31 @@ class Watch:
 
 def _hooked(
     optimizer: Optimizer,
-    before_step: Callable[[Optimizer], None],
+    before_step: Callable[[Optimizer], None] | None,
     after_step: Callable[[Optimizer], None],
     when_captured: Callable[[], None],
 ) -> list[RemovableHandle]:
     """The hooks of one optimizer; a compiler leaves them as they are where it compiles the step."""
-    is_captured = False  # the step that is being made
-    inner = 0  # steps that it has called and that are being made
-
-    def before(optimizer: Optimizer, *_: object) -> None:
-        nonlocal is_captured, inner
-        if is_inner_step(optimizer):
-            inner += 1
-            return
-        inner = 0
-        is_captured = is_being_captured()
-        if not is_captured:
-            before_step(optimizer)
+    above = classes_with_steps(optimizer)
 
     def after(optimizer: Optimizer, *_: object) -> None:
-        nonlocal inner
-        if inner:
-            inner -= 1
-        elif is_captured:
+        if above and is_inner_step(optimizer, above):
+            return
+        if is_being_captured():
             when_captured()
         elif not was_skipped(optimizer):
             after_step(optimizer)
 
     compiler: Any = torch.compiler
-    return [
-        optimizer.register_step_pre_hook(compiler.disable(before)),
-        optimizer.register_step_post_hook(compiler.disable(after)),
-    ]
+    hooks = [optimizer.register_step_post_hook(compiler.disable(after))]
+    if before_step is not None:
+
+        def before(optimizer: Optimizer, *_: object) -> None:
+            if not is_being_captured():
+                before_step(optimizer)
+
+        hooks.append(optimizer.register_step_pre_hook(compiler.disable(before)))
+    return hooks
 
 
 def is_being_captured() -> bool:

@@ -253,11 +253,16 @@ def broken_recorders(device: str) -> float:
         if dist.get_rank() == 0 and broken:
             assert sum(why in said for said in run.said) == 1, run.said
     # W_0 is lost on one process as training begins, and Λ later
-    for place, name in ((Baselines, "before_step"), (Watch, "add_decay")):
+    for place, name, method in (
+        (Baselines, "before_step", "DoRA"),
+        (Watch, "add_decay", "FT"),
+    ):
+        unwatched = Run(device, method)
+        unwatched.train()
         with mock.patch.object(place, name, side_effect=boom) if dist.get_rank() else nothing():
-            run = Run(device, "FT")
+            run = Run(device, method)
             found = run.record()
-        assert run.losses == healthy_run.losses
+        assert run.losses == unwatched.losses
         later = found["step"] > 0
         assert found.loc[later, "update_norm"].isna().all() == (name == "before_step")
         assert not found.loc[~later, "update_norm"].isna().any()
@@ -298,7 +303,7 @@ def strict_failures(device: str) -> float:
         if dist.get_rank()
         else nothing()
     ):
-        run, met = Run(device, "FT", strict=True), None
+        run, met = Run(device, "DoRA", strict=True), None
         try:
             run.record()
         except Exception as raised:

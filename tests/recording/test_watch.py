@@ -91,17 +91,17 @@ def test_of_one_optimizer_within_the_captured_step_of_another(
     watching.begin([captured, made], lambda _: None, seen.append, lambda: seen.append("captured"))
 
     def closure() -> float:
-        nonlocal is_captured
-        is_captured = False
         made.step()
         return 0.0
 
+    made.step()
     is_captured = True
     captured.step(closure)
-    assert seen == [made, "captured"]
+    is_captured = False
+    assert seen == [made, "captured", "captured"]
     watching.end()
     captured.step()
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's: a recorder that failed has no row
