@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from dora_dynamics.decomposition import AXES, Axis
 from dora_dynamics.errors import InputError
 from dora_dynamics.recording import Recording, Taking, Watch
+from dora_dynamics.recording.attached import Attached
 from dora_dynamics.recording.baseline import Baselines, Place
 from dora_dynamics.recording.followed import Followed, common_method, follow
 from dora_dynamics.recording.metrics import role_means
@@ -25,7 +25,8 @@ from dora_dynamics.sharded.models import expose
 from dora_dynamics.sites import Site, check_ties, find_sites, once, other_names, tensor_names
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     import pandas as pd
     from torch import Tensor, nn
@@ -254,8 +255,7 @@ class Recorder:
         self._recording.troubles.tell()
         return {"step": self.step, "total_decay": dict(self._watch.total_decay)}
 
-    @contextmanager
-    def attach(self, optimizer: Optimizer) -> Iterator[Recorder]:
+    def attach(self, optimizer: Optimizer) -> AbstractContextManager[Recorder]:
         """Record on the steps of `optimizer` while the context lasts.
 
         Step 0 is recorded on entry and the last step on exit, also when training ends in an
@@ -267,15 +267,13 @@ class Recorder:
         that a CUDA graph replays, which calls no hook.
 
         Warns:
-            UserWarning: the optimizer trains none of the parameters of the followed weights.
+            UserWarning: the optimizer trains none of the parameters of the followed weights; the
+                context is never entered.
+
+        Raises:
+            InputError: `optimizer` is none.
         """
-        self.start(optimizer)
-        try:
-            yield self
-        except BaseException:
-            self.give_up()
-            raise
-        self.finish()
+        return Attached(self, optimizer)
 
     def start(self, *optimizers: Optimizer, count_steps: bool = True) -> None:
         """What entering `attach` does, for loops that are no block of code.
@@ -291,7 +289,7 @@ class Recorder:
             expose(self._model)
             watched = list(dict.fromkeys(unwrapped(optimizer) for optimizer in optimizers))
             self._followed = follow(self._model, self.sites)
-            check_ties(self.sites, tensor_names(self._model), stacklevel=5)
+            check_ties(self.sites, tensor_names(self._model), stacklevel=4)
             self._watch.follow(self._followed)
             self._recording.check_kept()
         self._baseline.settle(self._followed)

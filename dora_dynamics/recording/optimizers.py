@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.optim import Optimizer
 
+from dora_dynamics.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
     from types import FrameType
@@ -78,16 +80,33 @@ def settings(optimizers: Sequence[Optimizer]) -> dict[str, object]:
 
 
 def trains_any(optimizers: Sequence[Optimizer], modules: Iterable[nn.Module]) -> bool:
-    """Whether one of the optimizers trains a parameter of one of the modules."""
+    """Whether one of the optimizers trains a parameter of one of the modules.
+
+    A frozen one does not count where others train: an optimizer that was made before the adapter
+    still holds the layer below it. Where all are frozen, they may be unfrozen later.
+    """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
-    return any(id(parameter) in trained for module in modules for parameter in module.parameters())
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    own = [parameter for module in modules for parameter in module.parameters()]
+    trainable = list(filter(REQUIRES_GRAD, own))
+    return any(id(parameter) in held for parameter in trainable or own)
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps, below the wrappers of Accelerate and Lightning."""
+    """The optimizer that steps, below the wrappers of Accelerate and Lightning.
+
+    Raises:
+        InputError: it is none.
+    """
     inner = getattr(optimizer, "optimizer", None)
-    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
+    if isinstance(inner, Optimizer):
+        return unwrapped(inner)
+    if not hasattr(optimizer, "param_groups"):
+        raise InputError(
+            "the recorder is attached to the optimizer that trains, such as torch.optim.AdamW: "
+            f"{type(optimizer).__name__} is none."
+        )
+    return optimizer
 
 
 def was_skipped(optimizer: Optimizer) -> bool:

@@ -65,7 +65,8 @@ class Watch:
         if not trains_any(optimizers, [followed.module for followed in self._followed.values()]):
             warn_user(
                 "the optimizer trains no parameter of the followed weights: make it after the "
-                "adapters are applied, and check requires_grad."
+                "adapters are applied, and check requires_grad. An adapter of your own is "
+                "followed in place of the layer inside it if it holds that as `base_layer`."
             )
 
     def begin(

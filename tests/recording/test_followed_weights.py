@@ -13,6 +13,7 @@ from torch import nn
 
 import dora_dynamics as dd
 from dora_dynamics.adapters import DoRA, adapter_of, pretrained_weight
+from dora_dynamics.errors import InputError
 from tests.recording.training import TARGETS, adamw, adapt, assert_same, tensors_held, weight_of
 
 if TYPE_CHECKING:
@@ -131,6 +132,33 @@ class TestBaseline:
             warnings.simplefilter("error")
             with dd.Recorder(model, ["query"]).attach(optimizer):
                 pass
+
+    def test_optimizer_made_before_the_adapter(self, tiny_transformer: Build) -> None:
+        model = tiny_transformer()
+        optimizer = adamw(model)
+        recorder = dd.Recorder(adapt(model, "LoRA"), ["query"])
+        with (
+            pytest.warns(
+                UserWarning, match=r"trains no parameter .* after the adapters are applied"
+            ),
+            recorder.attach(optimizer),
+        ):
+            pass
+
+    def test_attached_outside_a_with_statement(self, tiny_transformer: Build) -> None:
+        model = tiny_transformer()
+        recorder = dd.Recorder(model, ["query"])
+        with pytest.warns(UserWarning, match="write `with recorder.attach") as caught:
+            recorder.attach(adamw(model))
+        assert caught[0].filename == __file__
+        assert not recorder.is_attached
+
+    def test_attached_to_no_optimizer(self, tiny_transformer: Build) -> None:
+        model = tiny_transformer()
+        recorder = dd.Recorder(model, ["query"])
+        attached = recorder.attach(model)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="attached to the optimizer"), attached:
+            pass
 
     def test_merging_while_attached_measures_the_merged_weight(
         self, tiny_transformer: Build, train: Train
