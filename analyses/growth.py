@@ -58,7 +58,11 @@ UNITS: Final = {
     "rank": "rank",
     "steps": "recorded steps",
 }
-CLOCKS: Final = {"alone": ("#0072B2", "o"), "behind": ("#009E73", "s")}
+CLOCKS: Final = {
+    "alone": ("#0072B2", "o", "a call alone"),
+    "behind": ("#009E73", "s", "behind other work"),
+}
+"""Colour, marker and name in the figure of each clock."""
 
 
 @dataclass(frozen=True)
@@ -257,14 +261,14 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
                 panel.set_axis_off()
                 continue
             for clock, points in growths.groupby("clock", sort=False):
-                color, marker = CLOCKS[str(clock)]
+                color, marker, name = CLOCKS[str(clock)]
                 size = points["size"].to_numpy() / (1e6 if kind == "parameters" else 1)
                 median, first = points["median_ms"].to_numpy(), points.iloc[0]
                 errors = [median - points["low_ms"], points["high_ms"] - median]
-                fit = f"R² {first['r_squared']:.4f}, exponent {first['exponent']:.2f}"
+                fit = f"R² {first['r_squared']:.4f}, exp. {first['exponent']:.2f}"
                 panel.errorbar(
                     size, median, yerr=errors, fmt=marker, color=color, markersize=3.5, lw=0.8,
-                    label=f"{clock}: {fit}",
+                    label=f"{name}: {fit}",
                 )  # fmt: skip
                 line = first["intercept_ms"] + first["slope_ms"] * points["size"]
                 panel.plot(size, line, color=color, lw=1)

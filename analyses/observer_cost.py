@@ -249,8 +249,11 @@ def draw(tables: Sequence[pd.DataFrame]) -> Figure:
         panel.set_yticks(at, table["model"] + ", " + sizes + "\n" + names, fontsize=7)
         panel.set(xlim=(min(0.0, float(share.min())), SHOWN), ylim=(len(table) - 0.5, -0.5))
         panel.set_title(table["machine"].iloc[0], fontsize=9, loc="left")
+        panel.tick_params(axis="x", labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("time of a step, in %, that recording it adds (orange: asked for)")
+    panels[-1].set_xlabel(
+        "time of a step, in %, that recording it adds (orange: asked for)", fontsize=9
+    )
     return figure
 
 

@@ -122,7 +122,17 @@ def test_coupling_table_names_every_level_and_selects_four_checkpoints(runs: lis
     lines = call("coupling", *runs, "--by", "method").output.splitlines()
     for level in ("pooled", "within_step", "within_layer", "units"):
         assert sum(level in line.split() for line in lines) == 2
+        assert sum(line.startswith(f"{level}: ") for line in lines) == 1
     assert any("20" in line.split() for line in lines)
+
+
+def test_a_file_beside_the_runs_is_left_out_and_one_alone_is_refused(runs: list[str]) -> None:
+    beside = Path(runs[0]).parent / "notes.json"
+    beside.write_text("{}")
+    assert call("runs", *runs, str(beside)).output == call("runs", *runs).output
+    result = call("runs", str(beside))
+    assert result.exit_code == 2
+    assert "is not a run directory" in result.output
 
 
 @pytest.mark.parametrize("kind", ["magnitude_direction", "delta_magnitude", "coupling"])

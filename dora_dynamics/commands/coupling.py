@@ -9,16 +9,26 @@ import click
 from dora_dynamics.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pandas as pd
 
     from dora_dynamics.statistics import CheckpointKind, Level
 
-_LEVELS: tuple[Level, ...] = ("pooled", "within_step", "within_layer", "units")
+_LEVELS: dict[Level, str] = {
+    "pooled": "all points, as in the paper",
+    "within_step": "across layers, at one checkpoint",
+    "within_layer": "along the path of one layer",
+    "units": "inside a weight, across its units",
+}
+"""What r is taken over at each level."""
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="RUN...", type=click.Path())
-@click.option("--level", "levels", multiple=True, type=click.Choice(_LEVELS), help="Default: all.")
+@click.option(
+    "--level", "levels", multiple=True, type=click.Choice(list(_LEVELS)), help="Default: all."
+)
 @click.option("--by", default="method,role", show_default=True, help="Comma-separated columns.")
 @click.option("--signed", is_flag=True, help="Use signed ΔM: negative where units shrink.")
 @click.option(
@@ -58,7 +68,7 @@ def coupling(
     if checkpoints != "all":
         table = select_checkpoints(table, count=4, kind=checkpoints)  # type: ignore[arg-type]
     refuse_many_groups(table, columns)
-    chosen: tuple[Level, ...] = levels or _LEVELS
+    chosen: tuple[Level, ...] = levels or tuple(_LEVELS)
     tables = [couple(table, by=columns, level=level, signed=signed) for level in chosen]
     found = pd.concat(tables, ignore_index=True)
     if as_json:
@@ -78,5 +88,14 @@ def _readable(found: pd.DataFrame, by: list[str]) -> str:
     shown["n"], shown["p"] = found["n"], [number(value, ".3g") for value in found["p_value"]]
     reasons = [reason for reason in dict.fromkeys(found["reason"]) if reason]
     notes = "".join(f"\nnote: {reason}" for reason in reasons)
-    told = "\nIn brackets: 95% intervals over layers and runs."
-    return shown.to_string(index=False) + told + notes
+    return f"{shown.to_string(index=False)}\n{legend(found['level'])}{notes}"
+
+
+def legend(levels: Iterable[Level]) -> str:
+    """What the columns and these levels of a printed table of couplings are."""
+    told = [
+        "r: Pearson's, ρ: Spearman's, both with 95% intervals over layers and runs; n: points; "
+        "p: that of r, by permutation."
+    ]
+    told += [f"{level}: {_LEVELS[level]}." for level in dict.fromkeys(levels)]
+    return "\n".join(told)

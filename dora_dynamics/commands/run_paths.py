@@ -15,6 +15,8 @@ _MOST_GROUPS: Final = 300
 def named_runs(paths: tuple[str, ...]) -> list[str]:
     """The folders that were named; a folder that holds runs stands for them, a glob likewise.
 
+    A file that lies beside a run that is named too, as a shell's `runs/*` gives it, is left out.
+
     Raises:
         InputError: a path is none that a folder can have.
     """
@@ -34,7 +36,12 @@ def named_runs(paths: tuple[str, ...]) -> list[str]:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{path[:80]!r} is not a usable path: {reason}.") from error
-    return list(dict.fromkeys(found))
+    beside = {Path(run).parent for run in found if (Path(run) / RUN_FILE).exists()}
+    return [
+        path
+        for path in dict.fromkeys(found)
+        if not (Path(path).is_file() and Path(path).parent in beside)
+    ]
 
 
 def refuse_many_groups(table: pd.DataFrame, by: list[str]) -> None:

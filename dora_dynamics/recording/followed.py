@@ -142,8 +142,12 @@ def common_method(followed: Mapping[str, Followed]) -> str:
     Raises:
         InputError: they are trained by several methods, or by one that has no known name.
     """
-    found = {tensor.method() for tensor in followed.values() if not tensor.is_left_alone()}
-    (method,) = found if len(found) == 1 else ("FT",) if not found else (None,)
-    if method is None:
-        raise InputError("the followed weights do not share one known method: pass method=.")
-    return method
+    trained = [tensor for tensor in followed.values() if not tensor.is_left_alone()]
+    found = {tensor.method(): tensor for tensor in trained}
+    if None in found:
+        kind = type(found[None].module).__name__
+        raise InputError(f"the method of a {kind} has no known name: give it one by method=.")
+    if len(found) > 1:
+        names = ", ".join(sorted(map(str, found)))
+        raise InputError(f"the followed weights have several methods ({names}): pass method=.")
+    return next(map(str, found), "FT")

@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     Train = Callable[..., list[float]]
 
 
+class Adapter(nn.Module):
+    """A wrapper around the layer that it adapts, of a method that nobody has named."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.gain = nn.Parameter(torch.ones(base.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base_layer(self.gain * x)
+        return y
+
+
 class TestBaseline:
     @pytest.mark.parametrize("method", ["LoRA", "DoRA"])
     @pytest.mark.parametrize("adapt_first", [True, False])
@@ -226,9 +239,12 @@ class TestForeignParametrizations:
         dd.apply_lora(model, ["layers.0.query"])
         assert dd.Recorder(model, ["query"]).method == "LoRA"  # the other query is frozen
         model.get_submodule("layers.1.query").requires_grad_(True)
-        with pytest.raises(ValueError, match="do not share one known method: pass method="):
+        with pytest.raises(ValueError, match=r"several methods \(FT, LoRA\): pass method="):
             dd.Recorder(model, ["query"])
         assert dd.Recorder(model, ["query"], method="half").method == "half"
+        model.query = Adapter(nn.Linear(3, 5))
+        with pytest.raises(InputError, match=r"an? Adapter has no known name: .* by method="):
+            dd.Recorder(model, ["query"])
 
 
 def test_magnitude_of_a_dora_weight_is_m(tiny_transformer: Build, train: Train) -> None:
