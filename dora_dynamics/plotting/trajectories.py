@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from dora_dynamics.errors import InputError
 from dora_dynamics.plotting._figure import StyledFigure
@@ -148,5 +147,5 @@ def _lines(panel: Panel, measure: str, layers: Layers, stacks: list[str], style:
             markevery=max(1, len(line) // _MARKERS_A_LINE),
             **line_marker(style, layers.marker(line["layer"].iloc[0])),
         )
-    panel.axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    panel.axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    panel.axes.locator_params(nbins=5)
+    panel.axes.locator_params("x", integer=True)
