@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from dora_dynamics.recording.troubles import warn_user
 
@@ -13,19 +13,33 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from dora_dynamics.recorder import Recorder
+
+class Watching(Protocol):
+    """A recorder, as far as the context goes."""
+
+    def start(self, *optimizers: Optimizer) -> None:
+        """Begin, at the present step."""
+
+    def finish(self) -> None:
+        """Let go, and record the last step."""
+
+    def give_up(self) -> None:
+        """The same where the training failed."""
 
 
-class Attached(AbstractContextManager["Recorder"]):
+R = TypeVar("R", bound=Watching)
+
+
+class Attached(AbstractContextManager[R]):
     """What `Recorder.attach` returns: nothing is recorded before it is entered."""
 
-    def __init__(self, recorder: Recorder, optimizer: Optimizer) -> None:
+    def __init__(self, recorder: R, optimizer: Optimizer) -> None:
         """To watch `optimizer` with `recorder`."""
         self._recorder = recorder
         self._optimizer = optimizer
         self._was_entered = False
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> R:
         """Begin, at the present step."""
         self._was_entered = True
         self._recorder.start(self._optimizer)
