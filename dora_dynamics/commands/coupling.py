@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 _LEVELS: dict[Level, str] = {
     "pooled": "all points, as in the paper",
-    "within_step": "across layers, at one checkpoint",
-    "within_layer": "along the path of one layer",
-    "units": "inside a weight, across its units",
+    "within_step": "across layers at each checkpoint, averaged",
+    "within_layer": "along each weight's own path, averaged",
+    "units": "inside each weight, across its units, averaged",
 }
 """What r is taken over at each level."""
 
@@ -88,14 +88,12 @@ def _readable(found: pd.DataFrame, by: list[str]) -> str:
     shown["n"], shown["p"] = found["n"], [number(value, ".3g") for value in found["p_value"]]
     reasons = [reason for reason in dict.fromkeys(found["reason"]) if reason]
     notes = "".join(f"\nnote: {reason}" for reason in reasons)
-    return f"{shown.to_string(index=False)}\n{legend(found['level'])}{notes}"
+    told = f"{legend(found['level'])}\np: that of r, by permutation."
+    return f"{shown.to_string(index=False)}\n{told}{notes}"
 
 
 def legend(levels: Iterable[Level]) -> str:
-    """What the columns and these levels of a printed table of couplings are."""
-    told = [
-        "r: Pearson's, ρ: Spearman's, both with 95% intervals over layers and runs; n: points; "
-        "p: that of r, by permutation."
-    ]
+    """What r, n and these levels are in a printed table of couplings."""
+    told = ["r: Pearson's, ρ: Spearman's, both with 95% intervals over layers and runs; n: points."]
     told += [f"{level}: {_LEVELS[level]}." for level in dict.fromkeys(levels)]
     return "\n".join(told)
