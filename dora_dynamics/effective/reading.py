@@ -308,14 +308,17 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether `module.weight` can be taken at its word.
 
     It can, but for a linear layer (or embedding, or convolution) whose class has a forward of its
-    own and which holds parameters beside weight and bias: loralib's Linear keeps its factors so,
-    beside the frozen weight. Such a layer is checked.
+    own and which holds parameters beside weight and bias, or a buffer as large as the weight:
+    loralib's Linear keeps its factors so, beside the frozen weight, and a pruned layer its mask.
+    Such a layer is checked.
     """
-    if not isinstance(module._parameters.get("weight"), torch.Tensor):
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, torch.Tensor):
         return hasattr(module, "in_proj_weight")
     if not isinstance(module, _KNOWN) or type(module).forward in _FORWARDS:
         return True
-    return not module._modules and set(module._parameters) <= {"weight", "bias"}
+    masks = [b for b in module._buffers.values() if b is not None and b.shape == weight.shape]
+    return not module._modules and not masks and set(module._parameters) <= {"weight", "bias"}
 
 
 def _foreign(module: nn.Module, *, probe: bool) -> Dense:

@@ -347,6 +347,31 @@ class GainedLoRA(LoRA):
         return super().forward(weight) * self.gain
 
 
+class Pruned(nn.Linear):
+    """A linear layer whose weight is masked in forward."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.mask: torch.Tensor
+        self.register_buffer("mask", (torch.rand(outputs, inputs) < 0.5).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.mask * self.weight, self.bias)
+
+
+def test_a_mask_in_a_buffer_is_seen() -> None:
+    layer = Pruned(7, 5)
+    weight = dense_weight(layer)
+    torch.testing.assert_close(weight.float(), (layer.mask * layer.weight).detach())
+    recorder = dd.Recorder(nn.Sequential(layer), ["0"], method="pruned FT")
+    recorder.record()
+    with torch.no_grad():
+        layer.weight[layer.mask == 0] += 1.0  # of what the mask hides
+    recorder.step = 1
+    recorder.record()
+    assert recorder.trajectory["update_norm"].max() == pytest.approx(0, abs=1e-6)
+
+
 class TestDerivedFromKnownAdapters:
     def test_custom_module_of_peft_is_read_by_what_it_does(self) -> None:
         config = peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
