@@ -7,20 +7,19 @@ Writes the tables of README.md from the result files below analyses/results/, be
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
+from analyses import _stored as stored
 from analyses import answers, architecture_table, speed_tables, support_table, walkthrough
 from analyses.reproduce import verdict_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-RESULTS: Final = Path(__file__).parent / "results"
 README: Final = Path(__file__).parent.parent / "README.md"
 STARTS: Final = {"minilm": "MiniLM", "bart": "our BART"}
 """The starting points of the study, as their results are named, and in words."""
@@ -36,8 +35,7 @@ def finding() -> str:
     certain = []
     for name, words in STARTS.items():
         with_decay, without = (
-            pd.read_csv(RESULTS / f"reproduction_{name}{ending}.csv")
-            for ending in ("", "_no_decay")
+            stored.table(f"reproduction_{name}{ending}") for ending in ("", "_no_decay")
         )
         for role in ("query", "value"):
             for method in ("FT", "LoRA", "DoRA"):
@@ -64,11 +62,11 @@ def finding() -> str:
             f"on {words} ({layers:.0f} layers) {holds['pooled']} pooled, {holds['within_step']} "
             f"across layers and {holds['units']} across units"
         )
-    about = json.loads((RESULTS / "reproduction_minilm.json").read_text())
+    about = stored.about("reproduction_minilm")
     seeds = len({job["seed"] for job in about["jobs"]})
     steps, batch = (about["recipes"][0][name] for name in ("steps", "batch_size"))
     made = [
-        json.loads((RESULTS / f"reproduction_{name}{ending}.json").read_text())
+        stored.about(f"reproduction_{name}{ending}")
         for name in STARTS
         for ending in ("", "_no_decay")
     ]
@@ -89,8 +87,8 @@ def finding() -> str:
 
 def scores() -> str:
     """Held-out score before and after, mean over seeds, with the total decay of each method."""
-    about = json.loads((RESULTS / "reproduction_minilm.json").read_text())
-    none = json.loads((RESULTS / "reproduction_minilm_no_decay.json").read_text())
+    about = stored.about("reproduction_minilm")
+    none = stored.about("reproduction_minilm_no_decay")
     decay = {recipe["method"]: recipe["total_decay"] for recipe in about["recipes"]}
     lines = [
         "| | total decay Λ | name → docstring | package | name → docstring, no decay "
@@ -123,7 +121,7 @@ def _first(text: str) -> str:
 
 def paper() -> str:
     """The paper's text against its own points."""
-    table = pd.read_csv(RESULTS / "paper_figures.csv")
+    table = stored.table("paper_figures")
     lines = [
         "| | | r of the plotted points | 95%, layers as printed | 95%, layers by the points' order "
         "| slope | n | r in the text |",
@@ -144,7 +142,7 @@ def paper() -> str:
 
 def checkpoints() -> str:
     """Time of a comparison beside `cat`, and its memory."""
-    table = pd.read_csv(RESULTS / "checkpoint_performance.csv")
+    table = stored.table("checkpoint_performance")
     size = table["mb"].iloc[0] / 1000
     lines = [
         f"| {size:.0f} GB of bf16 in the page cache | times `cat` of the same files "

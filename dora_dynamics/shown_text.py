@@ -28,8 +28,13 @@ def in_one_line(message: str) -> str:
     return f"{line[:half]} … {line[-half:]}"
 
 
+def in_a_cell(text: str) -> str:
+    """`text` as a cell of a table: on one line, its line ends as escapes."""
+    return visible(text.replace("\n", "\\n"))
+
+
 def in_figure(name: str) -> str:
     """A name as text of a figure: no formula in it, one line, not wider than the page."""
-    line = visible(name.replace("\n", "\\n"))
+    line = in_a_cell(name)
     shown = line if len(line) <= _WIDEST else f"{line[:_WIDEST]}…"
     return shown.replace("$", r"\$")

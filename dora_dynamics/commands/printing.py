@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dora_dynamics.shown_text import visible
+from dora_dynamics.shown_text import in_a_cell, visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def say(text: str) -> None:
 def print_table(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Print these columns of some lines, but for those that are empty; numbers to the right."""
     shown = [c for c in columns if any(line[c] not in (None, "") for line in lines)]
-    cells = [["" if line[c] is None else _in_a_cell(str(line[c])) for c in shown] for line in lines]
+    cells = [["" if line[c] is None else in_a_cell(str(line[c])) for c in shown] for line in lines]
     widths = [max(map(len, column)) for column in zip(shown, *cells, strict=True)]
     right = [all(isinstance(line[c], int | None) for line in lines) for c in shown]
     for row in [shown, *cells]:
@@ -53,10 +53,6 @@ def print_table(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> N
             for cell, width, is_right in zip(row, widths, right, strict=True)
         )
         click.echo("  ".join(aligned).rstrip())
-
-
-def _in_a_cell(text: str) -> str:
-    return visible(text.replace("\n", "\\n"))
 
 
 def interval(value: float, low: float, high: float) -> str:

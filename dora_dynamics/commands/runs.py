@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -91,8 +92,6 @@ def _tell_many(described: Sequence[dict[str, Any]]) -> None:
 
 def _line(run: dict[str, Any]) -> dict[str, Any]:
     """A run as a line of the table."""
-    from pathlib import Path
-
     return {
         "run": run["path"],
         "name": run["run"] if run["run"] != Path(run["path"]).resolve().name else None,

@@ -133,10 +133,7 @@ def is_inner_step(optimizer: Optimizer, above: Sequence[type[Optimizer]]) -> boo
         optimizer: whose step calls the hook.
         above: `classes_with_steps` of it.
     """
-    for one in above:
-        if getattr(one.step, "hooked", False):
-            break
-    else:
+    if not any(getattr(one.step, "hooked", False) for one in above):
         return False
     code = getattr(type(optimizer).step, "__code__", None)  # torch's, around every class's step
     frame: FrameType | None = sys._getframe(1)

@@ -125,7 +125,7 @@ def _hooked(
     above = classes_with_steps(optimizer)
 
     def after(optimizer: Optimizer, *_: object) -> None:
-        if above and is_inner_step(optimizer, above):
+        if is_inner_step(optimizer, above):
             return
         if is_being_captured():
             when_captured()

@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from analyses import readme_tables
+from analyses import _stored, readme_tables
 from analyses.reproduce import verdict_table
 
 
@@ -16,7 +16,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
 def test_the_prose_says_what_the_table_does() -> None:
     text = readme_tables.README.read_text(encoding="utf-8")
     for name, words in readme_tables.STARTS.items():
-        found = pd.read_csv(readme_tables.RESULTS / f"reproduction_{name}.csv")
+        found = pd.read_csv(_stored.RESULTS / f"reproduction_{name}.csv")
         held = {
             level: int((verdict_table(found, level)["verdict"] == "holds").sum())
             for level in ("pooled", "within_step", "units")
